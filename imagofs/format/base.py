@@ -1,0 +1,223 @@
+"""FormatDriver: what a disk-image format offers to `FormatAccess`.
+
+A driver maps guest offsets to places in storages, and changes that mapping. It never opens files
+by itself, and never looks below its own layer but for copy on write.
+
+Besides the mapping objects of `mapping.py` there is a cheaper language for the fast path:
+`entry_at` answers for one *granule* with a plain integer. An answer of 0 or above says where the
+granule's bytes are:
+
+    bits 9 and up   host offset, a multiple of 512
+    bit 8           IN_PLACE: the bytes may be overwritten where they are
+    bits 0 to 7     index into `data_storages`
+
+and the negative ones are the names below.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ReadOnlyError, UnsupportedError
+from ..storage.base import PreallocateMode, Storage
+
+if TYPE_CHECKING:
+    from ..access import FormatAccess
+    from ..mapping import RawMapping, ShallowMapping
+
+__all__ = [
+    "HOST_OFFSET_MASK",
+    "INDIRECT",
+    "IN_PLACE",
+    "MIXED",
+    "NOT_CACHED",
+    "SPECIAL",
+    "STORAGE_MASK",
+    "ZERO",
+    "DiscardTo",
+    "FormatDriver",
+]
+
+STORAGE_MASK = (1 << 8) - 1
+IN_PLACE = 1 << 8
+HOST_OFFSET_MASK = ~((1 << 9) - 1)
+
+NOT_CACHED = -1  #: the table is not in memory: `await get_mapping` first
+INDIRECT = -2  #: the layer below has it (or zeroes, where there is none)
+ZERO = -3  #: reads as zero
+SPECIAL = -4  #: compressed: `readv_special`
+MIXED = -5  #: nothing simple, or an entry that is wrong: ask `get_mapping`
+
+
+class DiscardTo(enum.Enum):
+    """What a discarded range reads as afterwards."""
+
+    ANY = "any"  #: Whatever is cheapest.
+    ZERO = "zero"  #: Zeroes.
+    BACKING = "backing"  #: The layer below shows through.
+
+
+class FormatDriver(ABC):
+    """One open image, without the layers below it.
+
+    All offsets and lengths are bytes of the guest's disk unless the name says host. Requests
+    that arrive here were checked by `FormatAccess`: they lie inside the image and are not empty.
+    """
+
+    #: The format's name, as `qemu-img` spells it.
+    format_name: str
+    #: Whether the image was opened for writing.
+    writable: bool = False
+    #: The layer below, None where there is none.
+    backing: FormatAccess | None = None
+    #: Guest bytes per granule of `entry_at`: a power of two, at least 512; 0: not offered.
+    granularity: int = 0
+    #: Storages that `entry_at` indexes and `RawMapping` names.
+    data_storages: tuple[Storage, ...] = ()
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[int, int], None]] = []
+
+    @abstractmethod
+    def size(self) -> int:
+        """The guest disk's size in bytes."""
+
+    @property
+    @abstractmethod
+    def storages(self) -> tuple[Storage, ...]:
+        """Every storage that this layer uses, the image file first."""
+
+    @property
+    def filename(self) -> str | None:
+        """The image file's name."""
+        return self.storages[0].filename if self.storages else None
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def entry_at(self, guest_offset: int) -> int:
+        """Where the granule that begins at `guest_offset` is; see the module's text."""
+        return MIXED
+
+    @abstractmethod
+    async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:
+        """Where the bytes from `guest_offset` on are, for as long a run as is cheap to say.
+
+        Afterwards the table that covers `guest_offset` is cached, so that `entry_at` answers.
+
+        Returns:
+            A mapping with 0 < length <= max_length, or EofMapping at or past the end.
+
+        Raises:
+            CorruptImageError: The table entry is wrong.
+        """
+
+    def special_nowait(self, guest_offset: int, length: int) -> memoryview | None:
+        """The bytes of a `SPECIAL` range if they are in memory; None if not.
+
+        The range lies within one cluster. The view is valid until the next await.
+        """
+        return None
+
+    async def readv_special(self, views: Sequence[memoryview], guest_offset: int) -> None:
+        """Fill `views` from a range that is mapped as `SpecialMapping`."""
+        raise UnsupportedError(f"{self.format_name} has no special mappings")
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def can_write_nowait(self, guest_offset: int, length: int) -> bool:
+        """Whether no operation in flight overlaps, so that an IN_PLACE range may be written."""
+        return False
+
+    async def writev(self, views: Sequence[memoryview], guest_offset: int) -> None:
+        """Write `views`, allocating and copying where needed.
+
+        The new contents become visible only once they are in place. A failed or cancelled write
+        leaves, for each sector, the old or the new contents.
+        """
+        raise self._read_only()
+
+    async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool = False) -> None:
+        """Make the range read as zero; with `allocate`, keep or take host space for it."""
+        raise self._read_only()
+
+    async def discard(self, guest_offset: int, length: int, to: DiscardTo) -> None:
+        """Give space back. Partial clusters at the edges follow `to` where it demands contents."""
+        raise self._read_only()
+
+    async def ensure_data_mapping(
+        self, guest_offset: int, length: int, *, overwrite: bool
+    ) -> RawMapping:
+        """Map (a first part of) the range to host bytes that may be written directly.
+
+        Args:
+            guest_offset: Where the range starts.
+            length: Bytes wanted, above zero.
+            overwrite: The caller will write all of the mapping, so that its old contents need
+                not be kept.
+
+        Returns:
+            A writable mapping with 0 < length.
+        """
+        raise self._read_only()
+
+    async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
+        """Set the guest disk's size in bytes."""
+        raise self._read_only()
+
+    # --- durability ---------------------------------------------------------------------------
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Write cached metadata to the image file, so that another reader finds everything."""
+
+    @abstractmethod
+    async def sync(self) -> None:
+        """Flush, and make everything durable."""
+
+    @abstractmethod
+    async def invalidate_cache(self) -> None:
+        """Forget clean cached metadata, so that changes by others are seen.
+
+        Raises:
+            ImagofsError: There is metadata that was not flushed.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close this layer's storages, not the layer below. Does not flush."""
+
+    # --- facts --------------------------------------------------------------------------------
+
+    def allocated_bytes(self) -> int:
+        """Bytes of host space that this layer's guest data may take, for st_blocks.
+
+        The host's own figure for the image's files is good enough and cheap.
+        """
+        return sum(storage.allocated_bytes() for storage in self.storages)
+
+    def details(self) -> dict[str, Any]:
+        """The format's own facts for `imagofs info`, as JSON values."""
+        return {}
+
+    # --- changes of the mapping -----------------------------------------------------------------
+
+    def subscribe(self, listener: Callable[[int, int], None]) -> None:
+        """Call `listener(guest_offset, length)`, a plain function, whenever a mapping changes."""
+        self._listeners.append(listener)
+
+    def _changed(self, guest_offset: int, length: int) -> None:
+        for listener in self._listeners:
+            listener(guest_offset, length)
+
+    def _read_only(self) -> Exception:
+        if self.writable:
+            return UnsupportedError(f"{self.format_name} cannot do this", filename=self.filename)
+        return ReadOnlyError("the image is open read-only", filename=self.filename)
+
+
+def unique_storages(drivers: Iterable[FormatDriver]) -> tuple[Storage, ...]:
+    """Every storage of `drivers`, each once, in order."""
+    return tuple(dict.fromkeys(storage for driver in drivers for storage in driver.storages))

@@ -1,0 +1,200 @@
+"""Storage: a range of bytes with alignment, below every format.
+
+A driver implements the `pure_*` methods for aligned requests only; the public methods of this
+class validate, align through bounce buffers and keep unaligned read-modify-write cycles apart
+from their neighbours (see `blockers.py`).
+
+Two families of methods exist. The `async` ones do what they are asked, with a thread where the
+system call may wait. The `*_nowait` ones are plain functions for the fast path: they do at once
+what can be done without waiting, and say how far they came.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+__all__ = ["PreallocateMode", "Storage", "StorageCreateOptions", "StorageOpenOptions"]
+
+
+class PreallocateMode(enum.Enum):
+    """What growing does with the new space.
+
+    For a storage NONE, ZERO, FORMAT_ALLOCATE (as ZERO), FULL_ALLOCATE and WRITE_DATA have a
+    meaning; for a format all five.
+    """
+
+    NONE = "none"  #: Nothing is promised about the new range's contents or space.
+    ZERO = "zero"  #: The new range reads as zero.
+    FORMAT_ALLOCATE = "format_allocate"  #: The format maps it; the storage may stay sparse.
+    FULL_ALLOCATE = "full_allocate"  #: Space is reserved all the way down.
+    WRITE_DATA = "write_data"  #: Zeroes are really written.
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOpenOptions:
+    """How a storage is opened.
+
+    Attributes:
+        writable: Open for reading and writing.
+        direct: Bypass the host's page cache (O_DIRECT).
+    """
+
+    writable: bool = False
+    direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StorageCreateOptions:
+    """How a storage is created.
+
+    Attributes:
+        size: Bytes of the new storage.
+        preallocate: What is done with its space.
+        overwrite: Replace what exists; otherwise that is an error.
+        open_options: How it is opened once it exists.
+        mode: Permission bits of a new file, before the umask.
+    """
+
+    size: int = 0
+    preallocate: PreallocateMode = PreallocateMode.ZERO
+    overwrite: bool = False
+    open_options: StorageOpenOptions = StorageOpenOptions(writable=True)
+    mode: int = 0o666
+
+
+class Storage(ABC):
+    """A range of bytes that can be read, and perhaps written, discarded and resized.
+
+    Offsets and lengths are bytes. Closed storages raise `ClosedError`.
+    """
+
+    #: Addresses of buffers given to `pure_*` are multiples of this (bytes, a power of two).
+    memory_alignment: int = 1
+    #: Offsets and lengths given to `pure_readv` and `pure_writev` are multiples of this.
+    request_alignment: int = 1
+    #: `write_zeroes` is efficient for multiples of this.
+    zero_alignment: int = 1
+    #: `discard` returns space for multiples of this.
+    discard_alignment: int = 1
+    #: Whether the storage was opened for writing.
+    writable: bool = False
+    #: The file's absolute name, or None for what has none.
+    filename: str | None = None
+
+    @abstractmethod
+    def size(self) -> int:
+        """The current size in bytes. A plain function: never waits."""
+
+    def allocated_bytes(self) -> int:
+        """Bytes of host space that the storage takes (st_blocks * 512 for files)."""
+        return self.size()
+
+    # --- the fast path -------------------------------------------------------------------
+
+    def readv_nowait(self, views: Sequence[memoryview], offset: int) -> int:
+        """Fill as much of the flat `views` as needs no waiting.
+
+        Returns:
+            Bytes filled from the start; less than asked (0 too) means "not without waiting",
+            never an error: the caller asks `readv` then.
+        """
+        return 0
+
+    def writev_nowait(self, views: Sequence[memoryview], offset: int) -> int:
+        """Write as much of the flat `views` as needs no waiting.
+
+        Returns:
+            Bytes written from the start; the caller gives the rest to `writev`.
+        """
+        return 0
+
+    # --- what a driver implements -----------------------------------------------------------
+
+    @abstractmethod
+    async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill the aligned flat `views` from `offset`. Bytes past the end read as zero."""
+
+    @abstractmethod
+    async def pure_writev(self, views: Sequence[memoryview], offset: int) -> None:
+        """Write the aligned flat `views` at `offset`. Writing past the end grows the storage
+        where it can grow."""
+
+    @abstractmethod
+    async def pure_write_zeroes(self, offset: int, length: int, *, allocated: bool) -> None:
+        """Make the range read as zero; with `allocated`, keep or reserve its space."""
+
+    @abstractmethod
+    async def pure_discard(self, offset: int, length: int) -> None:
+        """Give the range's space back; its contents are undefined afterwards.
+
+        The storage's size never changes by it.
+        """
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Push buffers that this object keeps down to the system (not durable yet)."""
+
+    @abstractmethod
+    async def sync(self) -> None:
+        """Make everything that was written durable (fdatasync)."""
+
+    @abstractmethod
+    async def invalidate_cache(self) -> None:
+        """Forget what is cached, so that changes by others are seen."""
+
+    @abstractmethod
+    async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
+        """Set the size in bytes; what a larger size adds follows `preallocate`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release the storage. Does not sync. Closing twice is fine."""
+
+    def resolve_relative_path(self, name: str) -> str:
+        """The absolute path of `name` as this storage's contents mean it.
+
+        Relative names count from the directory of this storage's file.
+
+        Raises:
+            UnsupportedError: The name is relative and the storage has no file name.
+        """
+        from ..errors import UnsupportedError
+
+        if os.path.isabs(name):
+            return name
+        if self.filename is None:
+            raise UnsupportedError(f"the relative name {name!r} has no directory to start from")
+        return os.path.join(os.path.dirname(self.filename), name)
+
+    # --- what everybody calls -----------------------------------------------------------------
+
+    async def readv(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill `views` with the bytes from `offset` on. Any alignment. Past the end: zeroes."""
+        await self.pure_readv(views, offset)
+
+    async def writev(self, views: Sequence[memoryview], offset: int) -> None:
+        """Write `views` at `offset`. Any alignment."""
+        await self.pure_writev(views, offset)
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Make `length` bytes read as zero, by the cheapest way."""
+        await self.pure_write_zeroes(offset, length, allocated=False)
+
+    async def write_allocated_zeroes(self, offset: int, length: int) -> None:
+        """Make `length` bytes read as zero and keep their space reserved."""
+        await self.pure_write_zeroes(offset, length, allocated=True)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give space back, as far as whole units of `discard_alignment` lie in the range."""
+        await self.pure_discard(offset, length)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
