@@ -11,7 +11,8 @@ granule's bytes are:
     bit 8           IN_PLACE: the bytes may be overwritten where they are
     bits 0 to 7     index into `data_storages`
 
-and the negative ones are the names below.
+and the negative ones are the names below. Any offset that is a multiple of 512 may be asked; the
+answer holds from there to the end of the granule it lies in.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class FormatDriver(ABC):
     writable: bool = False
     #: The layer below, None where there is none.
     backing: FormatAccess | None = None
-    #: Guest bytes per granule of `entry_at`: a power of two, at least 512; 0: not offered.
+    #: Guest bytes per granule of `entry_at`: a power of two, at least 512; as large as can be
+    #: (a raw file: 1 << 30); 0: `entry_at` is not offered.
     granularity: int = 0
     #: Storages that `entry_at` indexes and `RawMapping` names.
     data_storages: tuple[Storage, ...] = ()
@@ -114,16 +116,25 @@ class FormatDriver(ABC):
             CorruptImageError: The table entry is wrong.
         """
 
-    def special_nowait(self, guest_offset: int, length: int) -> memoryview | None:
-        """The bytes of a `SPECIAL` range if they are in memory; None if not.
-
-        The range lies within one cluster. The view is valid until the next await.
-        """
-        return None
+    def special_nowait(self, view: memoryview, guest_offset: int) -> bool:
+        """Fill `view` from a `SPECIAL` range of one or more clusters, if all are in memory."""
+        return False
 
     async def readv_special(self, views: Sequence[memoryview], guest_offset: int) -> None:
         """Fill `views` from a range that is mapped as `SpecialMapping`."""
         raise UnsupportedError(f"{self.format_name} has no special mappings")
+
+    # --- I/O in flight ------------------------------------------------------------------------
+
+    def begin_io(self) -> int:
+        """Note that a read begins whose host offsets must stay what they are; return a token.
+
+        Host space that is freed meanwhile is neither reused nor punched before `end_io`.
+        """
+        return 0
+
+    def end_io(self, token: int) -> None:
+        """Note that the read that `begin_io` returned `token` for has ended."""
 
     # --- writing ----------------------------------------------------------------------------
 
