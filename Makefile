@@ -1,0 +1,61 @@
+# The two commands that bring along what they need: make demo, make test.
+# PYTHON=python3.12 chooses the interpreter that .venv is made with.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test pytest lint format typecheck setup clean distclean
+.NOTPARALLEL:
+
+PY := .venv/bin/python
+# Passed on to pytest: make test ARGS="-k mount -x"
+ARGS ?=
+
+# The tests mount, attach loop devices and make users. Without being root they go through sudo, and
+# then leave no files of root's in the tree.
+ifeq ($(shell id -u),0)
+PYTEST := $(PY) -m pytest
+else
+PYTEST := sudo env PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/imagofs-hypothesis \
+	$(PY) -m pytest -p no:cacheprovider
+endif
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | \
+		while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+demo: ## install what is missing, then mount, read and write a small image
+	@.ci/setup demo
+	@tests/demo
+
+test: ## install what the tests need, then run lint, types and every test
+test: setup lint typecheck
+	$(PYTEST) $(ARGS)
+
+setup: ## install what the tests need, no more
+	@.ci/setup test
+
+pytest: ## the tests alone, with ARGS="..." for pytest
+pytest: setup
+	$(PYTEST) $(ARGS)
+
+lint: ## ruff: rules and format
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: ## let ruff rewrite what it can
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+typecheck: ## mypy --strict
+typecheck: setup
+	$(PY) -m mypy --strict
+
+clean: ## remove caches and builds
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find imagofs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: ## the same, and .venv
+distclean: clean
+	rm -rf .venv
