@@ -1,0 +1,143 @@
+"""Raw: a file, or a window of one, that is the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import OutOfRangeError, UnsupportedError
+from ..gate import ImplicitOpenGate
+from ..mapping import EofMapping, RawMapping, ShallowMapping
+from ..storage.base import PreallocateMode, Storage, StorageOpenOptions
+from ..storage.blockers import RangeLocks
+from .base import IN_PLACE, MIXED, DiscardTo, FormatDriver
+
+__all__ = ["Raw"]
+
+
+class Raw(FormatDriver):
+    """The bytes of `storage`, or a window of them, as a disk.
+
+    Args:
+        storage: Where the bytes are.
+        offset: Where the window begins in the storage, in bytes.
+        size: Bytes of the window; None: up to the storage's end, however that moves.
+
+    Raises:
+        OutOfRangeError: The window does not lie in the storage.
+    """
+
+    format_name = "raw"
+
+    def __init__(self, storage: Storage, *, offset: int = 0, size: int | None = None) -> None:
+        super().__init__()
+        end = storage.size()
+        if offset < 0 or offset > end or (size is not None and not 0 <= size <= end - offset):
+            raise OutOfRangeError(
+                f"a window of {size} bytes at {offset} does not lie in its {end} bytes",
+                filename=storage.filename,
+            )
+        self._storage = storage
+        self._offset = offset
+        self._size = size
+        self._locks = RangeLocks()
+        self.writable = storage.writable
+        self.data_storages = (storage,)
+        # An entry has no room for host offsets that are no multiple of 512.
+        self.granularity = 1 << 30 if offset % 512 == 0 else 0
+
+    @classmethod
+    async def open(
+        cls,
+        image: str | os.PathLike[str] | Storage,
+        *,
+        writable: bool = False,
+        storage_options: StorageOpenOptions | None = None,
+        gate: ImplicitOpenGate | None = None,
+        offset: int = 0,
+        size: int | None = None,
+    ) -> Raw:
+        """Open a file, or take a storage, as a raw image. The gate is never asked.
+
+        Raises:
+            StorageError: The file cannot be opened.
+            OutOfRangeError: The window does not lie in the storage.
+        """
+        from ..opening import open_storage
+
+        storage = await open_storage(image, writable=writable, options=storage_options)
+        try:
+            return cls(storage, offset=offset, size=size)
+        except BaseException:
+            await storage.close()
+            raise
+
+    def size(self) -> int:
+        return self._storage.size() - self._offset if self._size is None else self._size
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        return (self._storage,)
+
+    def entry_at(self, guest_offset: int) -> int:
+        if not self.granularity:
+            return MIXED
+        return guest_offset + self._offset | (IN_PLACE if self.writable else 0)
+
+    async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:
+        length = min(max_length, self.size() - guest_offset)
+        if length <= 0:
+            return EofMapping()
+        return RawMapping(length, self._storage, guest_offset + self._offset, self.writable)
+
+    def can_write_nowait(self, guest_offset: int, length: int) -> bool:
+        return self._locks.is_free(guest_offset, guest_offset + length)
+
+    async def writev(self, views: Sequence[memoryview], guest_offset: int) -> None:
+        length = sum(view.nbytes for view in views)
+        async with self._locks.hold(guest_offset, guest_offset + length):
+            await self._storage.writev(views, guest_offset + self._offset)
+
+    async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool = False) -> None:
+        async with self._locks.hold(guest_offset, guest_offset + length):
+            if allocate:
+                await self._storage.write_allocated_zeroes(guest_offset + self._offset, length)
+            else:
+                await self._storage.write_zeroes(guest_offset + self._offset, length)
+
+    async def discard(self, guest_offset: int, length: int, to: DiscardTo) -> None:
+        if to is DiscardTo.ZERO:
+            await self.write_zeroes(guest_offset, length)
+        elif to is DiscardTo.ANY:
+            async with self._locks.hold(guest_offset, guest_offset + length):
+                await self._storage.discard(guest_offset + self._offset, length)
+        else:
+            raise UnsupportedError("a raw image has no layer below", filename=self.filename)
+
+    async def ensure_data_mapping(
+        self, guest_offset: int, length: int, *, overwrite: bool
+    ) -> RawMapping:
+        return RawMapping(length, self._storage, guest_offset + self._offset, writable=True)
+
+    async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
+        if self._size is not None:
+            raise UnsupportedError("a window of a file has a fixed size", filename=self.filename)
+        mode = PreallocateMode.ZERO if preallocate is PreallocateMode.NONE else preallocate
+        await self._storage.resize(size + self._offset, mode)
+
+    async def flush(self) -> None:
+        await self._storage.flush()
+
+    async def sync(self) -> None:
+        if self.writable:
+            await self._storage.sync()
+
+    async def invalidate_cache(self) -> None:
+        await self._storage.invalidate_cache()
+
+    async def close(self) -> None:
+        await self._storage.close()
+
+    def details(self) -> dict[str, Any]:
+        return {}
