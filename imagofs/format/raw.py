@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutOfRangeError, UnsupportedError
 from ..gate import ImplicitOpenGate
@@ -13,7 +13,10 @@ from ..storage.base import PreallocateMode, Storage, StorageOpenOptions
 from ..storage.blockers import RangeLocks
 from .base import IN_PLACE, MIXED, DiscardTo, FormatDriver
 
-__all__ = ["Raw"]
+if TYPE_CHECKING:
+    from ..opening import OpenContext
+
+__all__ = ["Raw", "open_raw"]
 
 
 class Raw(FormatDriver):
@@ -141,3 +144,12 @@ class Raw(FormatDriver):
 
     def details(self) -> dict[str, Any]:
         return {}
+
+
+async def open_raw(
+    storage: Storage, *, context: OpenContext, writable: bool, snapshot: str | None
+) -> Raw:
+    """Open the storage of a chain's layer as raw."""
+    if snapshot is not None:
+        raise UnsupportedError("a raw image has no snapshots", filename=storage.filename)
+    return Raw(storage)

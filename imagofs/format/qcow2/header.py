@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from ...errors import EncryptedImageError, FormatError, UnsupportedError
 
@@ -509,6 +510,6 @@ def _check_tables(header: Header, filename: str | None) -> None:
         )
         if length
     )
-    for (_, end, first), (start, _, second) in zip(tables, tables[1:], strict=False):
+    for (_, end, first), (start, _, second) in pairwise(tables):
         if start < end:
             raise wrong(f"the {first} and the {second} overlap")
