@@ -21,6 +21,7 @@ from .caching import MetadataCache
 from .errors import ChainError, FormatError, GateDeniedError, ImagofsError, UnsupportedError
 from .format import FORMATS, probe_format
 from .gate import ImplicitOpenGate, ImplicitOpenRequest, Role
+from .inflating import InflatedCache
 from .storage.base import Storage, StorageOpenOptions
 from .storage.file import FileStorage
 
@@ -63,7 +64,7 @@ class OpenContext:
         options: How files are opened; `writable` counts for the top layer only.
         lock: Take qemu's image locks on every file.
         cache: The chain's metadata cache.
-        inflated_bytes: Bytes of inflated clusters that the chain may keep.
+        inflated: The chain's cache of inflated clusters.
         image: The name of the image that refers to what is opened.
         base: Its storage, which relative names start from.
         depth: Layers above the one that is opened.
@@ -71,14 +72,33 @@ class OpenContext:
     """
 
     gate: ImplicitOpenGate = field(default_factory=_NoGate)
-    options: StorageOpenOptions = StorageOpenOptions()
+    options: StorageOpenOptions = field(default_factory=StorageOpenOptions)
     lock: bool = False
     cache: MetadataCache = field(default_factory=MetadataCache)
-    inflated_bytes: int = 64 << 20
+    inflated: InflatedCache = field(default_factory=InflatedCache)
     image: str = ""
     base: Storage | None = None
     depth: int = 0
     seen: frozenset[tuple[int, int]] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        gate: ImplicitOpenGate | None = None,
+        options: StorageOpenOptions | None = None,
+        lock: bool = False,
+        metadata_bytes: int | None = None,
+        inflated_bytes: int | None = None,
+    ) -> OpenContext:
+        """A new chain's context; None stands for each default."""
+        return cls(
+            gate=gate or _NoGate(),
+            options=options or StorageOpenOptions(),
+            lock=lock,
+            cache=MetadataCache(*(() if metadata_bytes is None else (metadata_bytes,))),
+            inflated=InflatedCache(*(() if inflated_bytes is None else (inflated_bytes,))),
+        )
 
     def within(self, storage: Storage) -> OpenContext:
         """The context of what the image in `storage` refers to."""
@@ -212,14 +232,13 @@ async def open_image(
         LockedError: Another process uses a file in a way that excludes this.
         StorageError: The file cannot be opened or read.
     """
-    context = OpenContext(
-        gate=gate or _NoGate(),
+    context = OpenContext.of(
+        gate=gate,
         options=replace(storage_options or StorageOpenOptions(), writable=writable),
         lock=lock,
-        cache=MetadataCache() if metadata_bytes is None else MetadataCache(metadata_bytes),
+        metadata_bytes=metadata_bytes,
+        inflated_bytes=inflated_bytes,
     )
-    if inflated_bytes is not None:
-        context = replace(context, inflated_bytes=inflated_bytes)
     if format is not None and format not in FORMATS:
         raise UnsupportedError(
             f"the format {format!r} is not known; known are {', '.join(FORMATS)}",

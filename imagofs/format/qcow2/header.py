@@ -17,6 +17,8 @@ __all__ = ["MAGIC", "BitmapsExtension", "Header", "parse_header", "probe"]
 MAGIC = b"QFI\xfb"
 
 _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # magic ... snapshots_offset: version 2's whole header
+#: Where `Header.encode_fields` belongs: behind the place of the backing file's name.
+FIELDS_OFFSET = 20
 _VERSION3 = struct.Struct(">QQQII")  # the features, refcount_order, header_length
 _COMPRESSION_TYPE_OFFSET = 104
 _EXTENSION = struct.Struct(">II")
@@ -170,32 +172,16 @@ class Header:
         shift = self.cluster_bits + self.l2_bits
         return self.size + (1 << shift) - 1 >> shift
 
-    def encode(self) -> bytes:
-        """The header's cluster: fields, extensions, names.
+    def encode_fields(self) -> bytes:
+        """The fixed fields from `FIELDS_OFFSET` on: all that may change while the image is open.
 
-        Raises:
-            UnsupportedError: It does not fit one cluster.
+        What stands before, the place of the backing file's name, is not known here.
         """
-        parts = [b""]
-        if self.version >= 3:
-            length = _COMPRESSION_TYPE_OFFSET + 8 + len(self.unknown_fields)
-            compression = bytes([self.compression_type]) + bytes(7)
-            parts.append(
-                _VERSION3.pack(
-                    self.incompatible, self.compatible, self.autoclear, self.refcount_order, length
-                )
-            )
-            parts.append(compression + self.unknown_fields)
-        for kind, data in self._extensions():
-            parts.append(_EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8))
-        parts.append(_EXTENSION.pack(END_OF_EXTENSIONS, 0))
-        name = self.backing_file.encode("utf-8", "surrogateescape") if self.backing_file else b""
-        name_offset = _FIXED.size + sum(map(len, parts)) if name else 0
-        parts[0] = _FIXED.pack(
+        fields = _FIXED.pack(
             MAGIC,
             self.version,
-            name_offset,
-            len(name),
+            0,
+            0,
             self.cluster_bits,
             self.size,
             0,
@@ -206,7 +192,37 @@ class Header:
             self.snapshot_count,
             self.snapshots_offset,
         )
-        data = b"".join(parts) + name
+        if self.version >= 3:
+            fields += _VERSION3.pack(
+                self.incompatible,
+                self.compatible,
+                self.autoclear,
+                self.refcount_order,
+                self.header_length,
+            )
+        return fields[FIELDS_OFFSET:]
+
+    def encode(self) -> bytes:
+        """The header's cluster: fields, extensions, names.
+
+        Raises:
+            UnsupportedError: It does not fit one cluster.
+        """
+        header = self
+        parts: list[bytes] = []
+        if self.version >= 3:
+            header_length = _COMPRESSION_TYPE_OFFSET + 8 + len(self.unknown_fields)
+            header = replace(self, header_length=header_length)
+            parts.append(bytes([self.compression_type]) + bytes(7) + self.unknown_fields)
+        for kind, data in self._extensions():
+            parts.append(_EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8))
+        parts.append(_EXTENSION.pack(END_OF_EXTENSIONS, 0))
+        name = self.backing_file.encode("utf-8", "surrogateescape") if self.backing_file else b""
+        fields = header.encode_fields()
+        rest = b"".join(parts)
+        name_offset = FIELDS_OFFSET + len(fields) + len(rest) if name else 0
+        start = struct.pack(">4sIQI", MAGIC, self.version, name_offset, len(name))
+        data = start + fields + rest + name
         if len(data) > self.cluster_size:
             raise UnsupportedError(
                 f"the header takes {len(data)} bytes, more than a cluster of {self.cluster_size}; "

@@ -1,0 +1,409 @@
+"""Qcow2 as a FormatDriver: reading, and the way to what writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CorruptImageError, ImagofsError
+from ...gate import ImplicitOpenGate
+from ...inflating import InflatedCache
+from ...mapping import (
+    EofMapping,
+    IndirectMapping,
+    RawMapping,
+    ShallowMapping,
+    SpecialMapping,
+    ZeroMapping,
+)
+from ...opening import FROM_HEADER, FromHeader
+from ...storage.base import PreallocateMode, Storage, StorageOpenOptions
+from ...storage.blockers import RangeLocks
+from ..base import (
+    IN_PLACE,
+    INDIRECT,
+    MIXED,
+    NOT_CACHED,
+    SPECIAL,
+    ZERO,
+    DiscardTo,
+    FormatDriver,
+)
+from .clusters import (
+    COMPRESSED_DATA,
+    DATA,
+    SUBCLUSTERS,
+    UNALLOCATED,
+    ZEROES,
+    Kind,
+    kind_of_cluster,
+    kind_of_subcluster,
+)
+from .compressed import CompressedClusters
+from .entries import COMPRESSED, COPIED, OFFSET_MASK
+from .header import Header
+from .metadata import Metadata
+
+if TYPE_CHECKING:
+    from ...access import FormatAccess
+    from ...opening import OpenContext
+    from .writing import Writer
+
+__all__ = ["Qcow2"]
+
+
+class Qcow2(FormatDriver):
+    """One qcow2 image. Made by `Qcow2.open` or by `open_image`."""
+
+    format_name = "qcow2"
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        *,
+        size: int,
+        writable: bool,
+        backing: FormatAccess | None,
+        inflated: InflatedCache,
+    ) -> None:
+        super().__init__()
+        header = metadata.header
+        self.metadata = metadata
+        self.backing = backing
+        self.writable = writable
+        self.data_storages = (metadata.data_storage,)
+        self._storage = metadata.storage
+        self._data_storage = metadata.data_storage
+        self._size = size
+        self._l2 = metadata.l2
+        self._version = header.version
+        self._cluster_bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self._extended = header.extended_l2
+        self._data_file = header.has_data_file
+        self._data_file_raw = header.data_file_raw
+        self.granularity = header.cluster_size // (SUBCLUSTERS if self._extended else 1)
+        self._granule_bits = self.granularity.bit_length() - 1
+        #: Guest ranges that are being written, zeroed or discarded.
+        self.locks = RangeLocks()
+        self.begin_io = metadata.epochs.begin  # type: ignore[method-assign]
+        self.end_io = metadata.epochs.end  # type: ignore[method-assign]
+        self._compressed = CompressedClusters(
+            self._storage,
+            header.cluster_bits,
+            header.compression_type,
+            inflated,
+            self._storage.filename,
+            descriptor_nowait=self._descriptor_nowait,
+            descriptor=self._descriptor,
+            begin_io=metadata.epochs.begin,
+            end_io=metadata.epochs.end,
+        )
+        self._in_place = 0
+        self._writer: Writer | None = None
+        if writable:
+            from .writing import Writer
+
+            self._writer = Writer(self)
+
+    @classmethod
+    async def open(
+        cls,
+        image: str | os.PathLike[str] | Storage,
+        *,
+        writable: bool = False,
+        backing: FormatAccess | FromHeader | None = FROM_HEADER,
+        data_file: Storage | FromHeader = FROM_HEADER,
+        storage_options: StorageOpenOptions | None = None,
+        gate: ImplicitOpenGate | None = None,
+        lock: bool = False,
+        snapshot: str | None = None,
+    ) -> Qcow2:
+        """Open a qcow2 image as a layer that can be put together with others.
+
+        Args:
+            image: A path, or an open storage, which the driver owns from then on.
+            writable: Open for writing.
+            backing: The layer below: `FROM_HEADER` opens what the header names, None opens the
+                image as if it named none.
+            data_file: The external data file's storage where the image has one.
+            storage_options: How files are opened; `writable` of it is not looked at.
+            gate: Decides on what the image refers to.
+            lock: Take qemu's image locks.
+            snapshot: Name or ID of an internal snapshot to read.
+
+        Raises:
+            As `open_image`.
+        """
+        from ...opening import OpenContext, open_storage
+        from .loading import load
+
+        storage = await open_storage(image, writable=writable, options=storage_options, lock=lock)
+        context = OpenContext.of(gate=gate, options=storage_options, lock=lock).within(storage)
+        return await load(
+            storage,
+            context=context,
+            writable=writable,
+            snapshot=snapshot,
+            backing=backing,
+            data_file=data_file,
+        )
+
+    # --- facts --------------------------------------------------------------------------------
+
+    @property
+    def header(self) -> Header:
+        """The header as it is now."""
+        return self.metadata.header
+
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        if self._data_storage is self._storage:
+            return (self._storage,)
+        return (self._storage, self._data_storage)
+
+    def details(self) -> dict[str, Any]:
+        header = self.header
+        data: dict[str, Any] = {
+            "compat": "1.1" if header.version >= 3 else "0.10",
+            "compression-type": header.compression_name,
+            "lazy-refcounts": header.lazy_refcounts,
+            "refcount-bits": header.refcount_bits,
+            "corrupt": header.corrupt,
+            "extended-l2": header.extended_l2,
+        }
+        if header.version < 3:
+            for name in ("lazy-refcounts", "corrupt", "extended-l2"):
+                del data[name]
+        if header.has_data_file:
+            data["data-file"] = header.data_file
+            data["data-file-raw"] = header.data_file_raw
+        return data
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def entry_at(self, guest_offset: int) -> int:
+        l2 = self._l2
+        table = l2.slice_nowait(guest_offset >> l2.slice_bits)
+        if table is None:
+            return NOT_CACHED if l2.l1[guest_offset >> l2.l1_bits] & OFFSET_MASK else INDIRECT
+        index = guest_offset >> self._cluster_bits & l2.slice_mask
+        entry = table[index * l2.entry_words]
+        kind = self._kind(entry, table, index, guest_offset)
+        if kind == DATA:
+            host_offset = entry & OFFSET_MASK
+            if self._is_wrong_place(host_offset, guest_offset):
+                return MIXED
+            in_place = self._in_place if entry & COPIED else 0
+            if in_place and self._writer is not None and self._writer.is_metadata(host_offset):
+                return MIXED
+            return host_offset + (guest_offset & self._cluster_size - 1) | in_place
+        if kind == UNALLOCATED:
+            return INDIRECT
+        if kind == ZEROES:
+            return ZERO
+        return SPECIAL if kind == COMPRESSED_DATA else MIXED
+
+    def _kind(self, entry: int, table: Sequence[int], index: int, guest_offset: int) -> Kind:
+        if not self._extended:
+            return kind_of_cluster(entry, version=self._version, data_file=self._data_file)
+        number = guest_offset >> self._granule_bits & SUBCLUSTERS - 1
+        return kind_of_subcluster(entry, table[2 * index + 1], number, data_file=self._data_file)
+
+    def _is_wrong_place(self, host_offset: int, guest_offset: int) -> bool:
+        """Whether a data cluster cannot be at `host_offset`."""
+        if self._data_file:
+            start = guest_offset & ~(self._cluster_size - 1)
+            return self._data_file_raw and host_offset != start
+        return bool(host_offset & self._cluster_size - 1 or host_offset >= self._storage.size())
+
+    async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:
+        length = min(max_length, self._size - guest_offset)
+        if length <= 0:
+            return EofMapping()
+        l2 = self._l2
+        number = guest_offset >> l2.slice_bits
+        table = await l2.load_slice(number)
+        if table is None:
+            return self._no_data(guest_offset, min(length, self._empty_length(guest_offset)))
+        end = min(guest_offset + length, number + 1 << l2.slice_bits)
+        first = self._piece(table, guest_offset)
+        position = (guest_offset | self.granularity - 1) + 1
+        while position < end and self._continues(table, first, guest_offset, position):
+            position = (position | self.granularity - 1) + 1
+        length = min(position, end) - guest_offset
+        kind, host_offset, writable = first
+        if kind == DATA:
+            return RawMapping(length, self._data_storage, host_offset, writable)
+        if kind == ZEROES:
+            return ZeroMapping(length, explicit=True, allocated=host_offset != 0)
+        if kind == COMPRESSED_DATA:
+            return SpecialMapping(length, self, guest_offset)
+        return self._no_data(guest_offset, length)
+
+    def _no_data(self, guest_offset: int, length: int) -> ShallowMapping:
+        if self.backing is None:
+            return ZeroMapping(length, explicit=False)
+        return IndirectMapping(length, self.backing, guest_offset)
+
+    def _empty_length(self, guest_offset: int) -> int:
+        """Bytes from `guest_offset` on for which there are no L2 tables."""
+        l2 = self._l2
+        index = (guest_offset >> l2.l1_bits) + 1
+        while index < len(l2.l1) and not l2.l1[index] & OFFSET_MASK:
+            index += 1
+        return (index << l2.l1_bits) - guest_offset
+
+    def _piece(self, table: Sequence[int], guest_offset: int) -> tuple[Kind, int, bool]:
+        """Kind, host offset of `guest_offset` itself, and whether it is ours alone.
+
+        Raises:
+            CorruptImageError: The entry cannot be right.
+        """
+        l2 = self._l2
+        index = guest_offset >> self._cluster_bits & l2.slice_mask
+        entry = table[index * l2.entry_words]
+        kind = self._kind(entry, table, index, guest_offset)
+        if kind == DATA or (kind == ZEROES and entry & OFFSET_MASK):
+            host_offset = entry & OFFSET_MASK
+            if self._is_wrong_place(host_offset, guest_offset):
+                raise self.wrong_entry(entry, guest_offset)
+            within = guest_offset & self._cluster_size - 1
+            return kind, host_offset + within, bool(self._in_place and entry & COPIED)
+        if kind not in (UNALLOCATED, ZEROES, COMPRESSED_DATA):
+            raise self.wrong_entry(entry, guest_offset)
+        return kind, 0, False
+
+    def _continues(
+        self, table: Sequence[int], first: tuple[Kind, int, bool], start: int, position: int
+    ) -> bool:
+        """Whether what is at `position` prolongs the mapping that began at `start`."""
+        try:
+            kind, host_offset, writable = self._piece(table, position)
+        except CorruptImageError:
+            return False
+        if kind != first[0]:
+            return False
+        if kind == DATA:
+            return host_offset == first[1] + position - start and writable == first[2]
+        return bool(host_offset) == bool(first[1])
+
+    def wrong_entry(self, entry: int, guest_offset: int) -> CorruptImageError:
+        """The error for an L2 entry that cannot be right."""
+        return CorruptImageError(
+            f"the L2 entry {entry:#018x} for guest offset {guest_offset:#x} cannot be right; run "
+            f"imagofs check",
+            filename=self.filename,
+        )
+
+    # --- compressed clusters ------------------------------------------------------------------
+
+    def _descriptor_nowait(self, guest_cluster: int) -> int | None:
+        l2 = self._l2
+        guest_offset = guest_cluster << self._cluster_bits
+        table = l2.slice_nowait(guest_offset >> l2.slice_bits)
+        if table is None:
+            return None
+        entry = table[(guest_cluster & l2.slice_mask) * l2.entry_words]
+        return entry if entry & COMPRESSED else None
+
+    async def _descriptor(self, guest_cluster: int) -> int:
+        l2 = self._l2
+        guest_offset = guest_cluster << self._cluster_bits
+        if guest_offset >= self._size:
+            return 0
+        table = await l2.load_slice(guest_offset >> l2.slice_bits)
+        if table is None:
+            return 0
+        entry = table[(guest_cluster & l2.slice_mask) * l2.entry_words]
+        return entry if entry & COMPRESSED else 0
+
+    def special_nowait(self, view: memoryview, guest_offset: int) -> bool:
+        return self._compressed.read_nowait(view, guest_offset)
+
+    async def readv_special(self, views: Sequence[memoryview], guest_offset: int) -> None:
+        await self._compressed.readv(views, guest_offset)
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def may_write_in_place(self, allowed: bool) -> None:
+        """Let `entry_at` call clusters IN_PLACE, or no longer. A plain function."""
+        self._in_place = IN_PLACE if allowed else 0
+        self._changed(0, max(self._size, 1))
+
+    def mapping_changed(self, guest_offset: int, length: int) -> None:
+        """Tell everybody that a mapping changed. A plain function."""
+        first = guest_offset >> self._cluster_bits
+        last = guest_offset + length - 1 >> self._cluster_bits
+        self._compressed.forget(first, last - first + 1)
+        self._changed(guest_offset, length)
+
+    def can_write_nowait(self, guest_offset: int, length: int) -> bool:
+        return bool(self._in_place) and self.locks.is_free(guest_offset, guest_offset + length)
+
+    def _writing(self) -> Writer:
+        if self._writer is None:
+            raise self._read_only()
+        return self._writer
+
+    async def writev(self, views: Sequence[memoryview], guest_offset: int) -> None:
+        await self._writing().writev(list(views), guest_offset)
+
+    async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool = False) -> None:
+        await self._writing().write_zeroes(guest_offset, length, allocate=allocate)
+
+    async def discard(self, guest_offset: int, length: int, to: DiscardTo) -> None:
+        await self._writing().discard(guest_offset, length, to)
+
+    async def ensure_data_mapping(
+        self, guest_offset: int, length: int, *, overwrite: bool
+    ) -> RawMapping:
+        return await self._writing().ensure_data_mapping(guest_offset, length, overwrite=overwrite)
+
+    async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
+        raise self._read_only()
+
+    # --- durability ---------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        await self._flush(durable=False)
+
+    async def sync(self) -> None:
+        await self._flush(durable=True)
+
+    async def _flush(self, *, durable: bool) -> None:
+        if not self.writable:
+            return
+        try:
+            await self.metadata.flush(durable=durable)
+        except BaseException:
+            if self.metadata.lost is not None and self._in_place:
+                self.may_write_in_place(False)
+            raise
+
+    async def invalidate_cache(self) -> None:
+        if self.metadata.dirty_bytes():
+            raise ImagofsError(
+                "there is metadata that was not flushed; flush first", filename=self.filename
+            )
+        self._l2.cache.drop_namespace(self._l2.namespace)
+        for storage in self.storages:
+            await storage.invalidate_cache()
+        self._changed(0, max(self._size, 1))
+
+    async def close(self) -> None:
+        for storage in self.storages:
+            await storage.close()
+
+
+async def open_qcow2(
+    storage: Storage, *, context: OpenContext, writable: bool, snapshot: str | None
+) -> Qcow2:
+    """Open the storage of a chain's layer as qcow2."""
+    from .loading import load
+
+    return await load(storage, context=context, writable=writable, snapshot=snapshot)

@@ -1,0 +1,182 @@
+"""The L1 table and the L2 tables of one image, in memory.
+
+The L1 table is resident. L2 tables are loaded in slices of up to 4 KiB, as large as a page: the
+clean ones live in the chain's `MetadataCache`, those that changed are held here until a flush has
+written them. A slice is an `array('Q')` of entries in the machine's byte order; with extended L2
+entries two neighbours belong together.
+
+A slice is known by its number: the guest offset shifted by `slice_bits`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from ...caching import MetadataCache
+from ...errors import CorruptImageError
+from ...storage.base import Storage
+from .entries import COPIED, OFFSET_MASK, from_big_endian, to_big_endian
+from .header import Header
+
+__all__ = ["L2Tables", "Missing", "with_tables"]
+
+_SLICE_BYTES = 4096
+
+
+class Missing(Exception):
+    """A plain function needs a table that is not in memory: `await load()` and call it again."""
+
+    def __init__(self, load: Callable[[], Awaitable[object]]) -> None:
+        self.load = load
+
+
+T = TypeVar("T")
+
+
+async def with_tables(function: Callable[[], T]) -> T:
+    """Call a plain function, loading what it misses, until it succeeds."""
+    while True:
+        try:
+            return function()
+        except Missing as missing:
+            await missing.load()
+
+
+class L2Tables:
+    """L1 and L2 of one image.
+
+    Args:
+        storage: The image file.
+        header: Its header.
+        l1: The L1 table's entries.
+        cache: Where clean slices are kept.
+    """
+
+    def __init__(
+        self, storage: Storage, header: Header, l1: array[int], cache: MetadataCache
+    ) -> None:
+        self._storage = storage
+        self._cluster_size = header.cluster_size
+        self.l1 = l1
+        #: L1 indexes whose entries changed since they were last written.
+        self.dirty_l1: set[int] = set()
+        self.slice_bytes = min(_SLICE_BYTES, header.cluster_size)
+        #: Words of an entry: 1, or 2 with extended L2.
+        self.entry_words = header.l2_entry_size // 8
+        self.cluster_bits = header.cluster_bits
+        slice_entries = self.slice_bytes // header.l2_entry_size
+        self.slice_mask = slice_entries - 1
+        #: Guest bytes of a slice, log2.
+        self.slice_bits = header.cluster_bits + slice_entries.bit_length() - 1
+        #: Guest bytes of an L2 table, log2.
+        self.l1_bits = header.cluster_bits + header.l2_bits
+        self._slices_per_table_bits = self.l1_bits - self.slice_bits
+        #: Changed slices by number. They are found here although the cache may forget them.
+        self.dirty: dict[int, array[int]] = {}
+        #: Slices that a flush is writing; they are found here too.
+        self.writing: dict[int, array[int]] = {}
+        #: How often changed tables were written. What was read from the file before is stale.
+        self.flushes = 0
+        self.cache = cache
+        self.namespace = cache.namespace()
+        self._empty = array("Q", bytes(self.slice_bytes))
+
+    # --- finding --------------------------------------------------------------------------------
+
+    def slice_nowait(self, number: int) -> array[int] | None:
+        """A slice that is in memory, or None. The slice of a missing L2 table is not in memory."""
+        return (
+            self.cache.get(self.namespace + number)
+            or self.dirty.get(number)
+            or self.writing.get(number)
+        )
+
+    def table_offset(self, guest_offset: int) -> int:
+        """Host offset of the L2 table for `guest_offset`, 0 if there is none.
+
+        Raises:
+            CorruptImageError: The L1 entry cannot be right.
+        """
+        index = guest_offset >> self.l1_bits
+        offset = self.l1[index] & OFFSET_MASK
+        if offset and (
+            offset & self._cluster_size - 1 or offset + self._cluster_size > self._storage.size()
+        ):
+            raise CorruptImageError(
+                f"L1 entry {index} points to {offset:#x}, where no L2 table can be",
+                filename=self._storage.filename,
+            )
+        return offset
+
+    async def load_slice(self, number: int) -> array[int] | None:
+        """Bring a slice into memory; None where there is no L2 table.
+
+        Raises:
+            CorruptImageError: The L1 entry cannot be right.
+            StorageError: It cannot be read.
+        """
+        while True:
+            found = self.slice_nowait(number)
+            if found is not None:
+                return found
+            place = self.slice_place(number)
+            if place == 0:
+                return None
+            flushes = self.flushes
+            data = bytearray(self.slice_bytes)
+            await self._storage.readv([memoryview(data)], place)
+            # Meanwhile somebody may have loaded it, changed it, or moved the table.
+            found = self.slice_nowait(number)
+            if found is not None:
+                return found
+            if self.slice_place(number) == place and self.flushes == flushes:
+                table = from_big_endian(data)
+                self.cache.put(self.namespace + number, table)
+                return table
+
+    def slice_place(self, number: int) -> int:
+        """Host offset of a slice, 0 where there is no L2 table."""
+        table = self.table_offset(number << self.slice_bits)
+        within = number & (1 << self._slices_per_table_bits) - 1
+        return table + within * self.slice_bytes if table else 0
+
+    def need_slice(self, number: int) -> array[int]:
+        """A slice of an existing L2 table. A plain function.
+
+        Raises:
+            Missing: It is not in memory.
+        """
+        found = self.slice_nowait(number)
+        if found is None:
+            raise Missing(lambda: self.load_slice(number))
+        return found
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def change_slice(self, number: int) -> array[int]:
+        """A slice about to be changed: held here, and written by the next flush.
+
+        Raises:
+            Missing: It is not in memory.
+        """
+        table = self.dirty.get(number)
+        if table is None:
+            table = self.dirty[number] = self.need_slice(number)
+        return table
+
+    def is_table_ours(self, guest_offset: int) -> bool:
+        """Whether the L2 table exists and belongs to the active state alone."""
+        entry = self.l1[guest_offset >> self.l1_bits]
+        return bool(entry & COPIED and entry & OFFSET_MASK)
+
+    def set_table(self, guest_offset: int, host_offset: int) -> None:
+        """Point the L1 entry at a table of our own."""
+        index = guest_offset >> self.l1_bits
+        self.l1[index] = host_offset | COPIED
+        self.dirty_l1.add(index)
+
+    def encoded(self, number: int) -> bytes:
+        """A changed slice's bytes as the file has them."""
+        return to_big_endian(self.dirty[number])

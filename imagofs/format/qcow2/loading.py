@@ -1,0 +1,172 @@
+"""Opening a qcow2 image: reading the header and the resident tables, and what it refers to."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import trio
+
+from ...errors import FormatError
+from ...opening import FROM_HEADER, FromHeader
+from ...storage.base import Storage
+from .driver import Qcow2
+from .entries import OFFSET_MASK, from_big_endian
+from .header import MAX_CLUSTER_BITS, Header, parse_header
+from .metadata import Metadata
+from .snapshots import find_snapshot, read_snapshots
+
+if TYPE_CHECKING:
+    from ...access import FormatAccess
+    from ...opening import OpenContext
+
+__all__ = ["load", "read_header"]
+
+_USUAL_CLUSTER = 1 << 16
+
+
+async def read_header(storage: Storage) -> Header:
+    """Read and check the header, and that the resident tables lie in the file.
+
+    Raises:
+        FormatError, UnsupportedError: As `parse_header`.
+        StorageError: It cannot be read.
+    """
+    data = await _read(storage, 0, min(_USUAL_CLUSTER, storage.size()))
+    cluster_bits = int.from_bytes(data[20:24], "big")
+    if 16 < cluster_bits <= MAX_CLUSTER_BITS and len(data) == _USUAL_CLUSTER:
+        # Only a header with long extensions needs more; a name may be anywhere in the cluster.
+        data = await _read(storage, 0, min(1 << cluster_bits, storage.size()))
+    header = parse_header(bytes(data), storage.filename)
+    size = storage.size()
+    for name, offset, length in (
+        ("L1 table", header.l1_offset, header.l1_entries * 8),
+        ("refcount table", header.reftable_offset, header.reftable_clusters << header.cluster_bits),
+        ("snapshot table", header.snapshots_offset, min(header.snapshot_count, 1)),
+    ):
+        if length and offset + length > size:
+            raise FormatError(
+                f"the {name} ({length} bytes at {offset}) reaches past the end of the file "
+                f"({size} bytes): truncated?",
+                filename=storage.filename,
+            )
+    return header
+
+
+async def _read(storage: Storage, host_offset: int, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    if length and storage.readv_nowait((view,), host_offset) != length:
+        await storage.readv([view], host_offset)
+    return data
+
+
+async def _read_table(storage: Storage, host_offset: int, entries: int) -> array[int]:
+    return from_big_endian(await _read(storage, host_offset, entries * 8))
+
+
+async def load(
+    storage: Storage,
+    *,
+    context: OpenContext,
+    writable: bool,
+    snapshot: str | None = None,
+    backing: FormatAccess | FromHeader | None = FROM_HEADER,
+    data_file: Storage | FromHeader = FROM_HEADER,
+) -> Qcow2:
+    """Open the image in `storage`. If that fails, what was opened here is closed again.
+
+    Raises:
+        As `open_image`.
+    """
+    header = await read_header(storage)
+    if writable:
+        _check_writable(storage, header, snapshot)
+    l1_offset, l1_entries, size = header.l1_offset, header.l1_entries, header.size
+    if snapshot is not None:
+        found = find_snapshot(
+            await read_snapshots(storage, header), snapshot, header, storage.filename
+        )
+        l1_offset, l1_entries, size = found.l1_offset, found.l1_entries, found.disk_size
+        if l1_offset + l1_entries * 8 > storage.size():
+            raise FormatError(
+                f"the L1 table of snapshot {snapshot!r} reaches past the end of the file",
+                filename=storage.filename,
+            )
+    l1 = await _read_table(storage, l1_offset, l1_entries)
+    # Reading needs no refcounts.
+    reftable = array("Q")
+    if writable:
+        entries = header.reftable_clusters << header.cluster_bits - 3
+        reftable = await _read_table(storage, header.reftable_offset, entries)
+        _check_l1(storage, header, l1)
+    data_storage = await _data_storage(storage, header, context, data_file, writable)
+    opened_backing = None
+    try:
+        if isinstance(backing, FromHeader):
+            if header.backing_file is not None:
+                opened_backing = await context.open_backing(
+                    header.backing_file, header.backing_format
+                )
+            backing = opened_backing
+        metadata = Metadata(storage, data_storage, header, l1, reftable, context.cache)
+        if writable and header.dirty:
+            from .rebuilding import rebuild_refcounts
+
+            await rebuild_refcounts(metadata)
+        return Qcow2(
+            metadata,
+            size=size,
+            writable=writable,
+            backing=backing,
+            inflated=context.inflated,
+        )
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            if opened_backing is not None:
+                await opened_backing.close()
+            if data_storage is not storage and isinstance(data_file, FromHeader):
+                await data_storage.close()
+        raise
+
+
+def _check_writable(storage: Storage, header: Header, snapshot: str | None) -> None:
+    if snapshot is not None:
+        raise FormatError("a snapshot can only be read", filename=storage.filename)
+    if header.corrupt:
+        raise FormatError(
+            "the image is marked corrupt and is not opened for writing; run "
+            "'imagofs check --repair all' or 'qemu-img check -r all' on it",
+            filename=storage.filename,
+        )
+
+
+def _check_l1(storage: Storage, header: Header, l1: array[int]) -> None:
+    """Refuse to write to an image whose L2 tables cannot be where L1 says."""
+    end = storage.size()
+    for index, entry in enumerate(l1):
+        offset = entry & OFFSET_MASK
+        if offset & header.cluster_size - 1 or (offset and offset + header.cluster_size > end):
+            raise FormatError(
+                f"L1 entry {index} points to {offset:#x}, where no L2 table can be; open it "
+                f"read-only, or run imagofs check",
+                filename=storage.filename,
+            )
+
+
+async def _data_storage(
+    storage: Storage,
+    header: Header,
+    context: OpenContext,
+    data_file: Storage | FromHeader,
+    writable: bool,
+) -> Storage:
+    if not header.has_data_file:
+        return storage
+    if not isinstance(data_file, FromHeader):
+        return data_file
+    if header.data_file is None:
+        raise FormatError(
+            "the image has an external data file but does not name it", filename=storage.filename
+        )
+    return await context.open_data_file(header.data_file, writable=writable)

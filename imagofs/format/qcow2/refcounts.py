@@ -1,0 +1,342 @@
+"""Refcounts and the allocation of host clusters.
+
+The refcount table is resident. Blocks are loaded as they are needed; changed ones are held here
+until a flush has written them. In memory a count has every increment that was made, and only
+those decrements whose dereference is durable: what was dereferenced and is not durable yet waits
+in `dropped`, and is neither reused nor punched.
+
+Everything here is a plain function but loading: a function that needs a block that is not in
+memory changes nothing and raises `Missing`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+
+from ...caching import MetadataCache
+from ...errors import CorruptImageError
+from ...storage.base import Storage
+from .entries import (
+    REFTABLE_RESERVED,
+    pack_refcounts,
+    unpack_refcounts,
+)
+from .header import Header
+from .l2 import Missing
+
+__all__ = ["HostRun", "Refcounts", "TableFull"]
+
+_SECTOR = 512
+
+#: (first host cluster, number of clusters)
+HostRun = tuple[int, int]
+
+
+class TableFull(Exception):
+    """The refcount table has no entry for the next block: grow it, then allocate again."""
+
+
+class Refcounts:
+    """The refcounts of one image.
+
+    Args:
+        storage: The image file.
+        header: Its header.
+        table: The refcount table's entries.
+        cache: Where clean blocks are kept.
+    """
+
+    def __init__(
+        self, storage: Storage, header: Header, table: array[int], cache: MetadataCache
+    ) -> None:
+        self._storage = storage
+        self._bits = header.refcount_bits
+        self._cluster_bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self.table = table
+        #: log2 of the clusters that a block counts.
+        self.block_bits = header.cluster_bits + 3 - header.refcount_order
+        self._block_entries = 1 << self.block_bits
+        self._cache = cache
+        self._namespace = cache.namespace()
+        #: Changed blocks by index; they are found here although the cache may forget them.
+        self.blocks: dict[int, array[int]] = {}
+        #: Blocks that a flush is writing; they are found here too.
+        self.writing: dict[int, array[int]] = {}
+        #: How often changed blocks were written. What was read from the file before is stale.
+        self.flushes = 0
+        #: Per changed block, the sectors of it that changed.
+        self.dirty_sectors: dict[int, set[int]] = {}
+        #: Blocks that the table on disk does not know yet.
+        self.new_blocks: set[int] = set()
+        #: References per host cluster that were taken away, not durable yet.
+        self.dropped: Counter[int] = Counter()
+        #: Free runs that were seen freed; looked at before anything else.
+        self._free: list[HostRun] = []
+        #: Below it no cluster is free, but for those in `_free`.
+        self._cursor = 0
+        end = storage.size()
+        #: Host clusters from here on were never used: what lies there reads as zero.
+        self._virgin = end + header.cluster_size - 1 >> header.cluster_bits
+        #: No cluster is allocated while the refcount table grows.
+        self.growing = False
+        #: Clusters that were allocated since the image was opened.
+        self.allocated = 0
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def _block_nowait(self, index: int) -> array[int] | None:
+        return (
+            self.blocks.get(index)
+            or self._cache.get(self._namespace + index)
+            or self.writing.get(index)
+        )
+
+    def _need_block(self, index: int) -> array[int] | None:
+        """The block, None where the table has none (all its counts are 0).
+
+        Raises:
+            Missing: It is not in memory.
+        """
+        block = self._block_nowait(index)
+        if block is None and index < len(self.table) and self.table[index]:
+            raise Missing(lambda: self._load(index))
+        return block
+
+    async def _load(self, index: int) -> None:
+        offset = self.table[index]
+        if (
+            offset & REFTABLE_RESERVED
+            or offset & self._cluster_size - 1
+            or (offset + self._cluster_size > self._storage.size())
+        ):
+            raise CorruptImageError(
+                f"refcount table entry {index} points to {offset:#x}, where no block can be; run "
+                f"imagofs check",
+                filename=self._storage.filename,
+            )
+        while self._block_nowait(index) is None:
+            flushes = self.flushes
+            data = bytearray(self._cluster_size)
+            await self._storage.readv([memoryview(data)], offset)
+            if self._block_nowait(index) is None and self.flushes == flushes:
+                self._cache.put(self._namespace + index, unpack_refcounts(data, self._bits))
+
+    def _change(self, cluster: int, count: int) -> None:
+        """Set one count. The block is in memory (`_need_block` was called for it)."""
+        index = cluster >> self.block_bits
+        block = self._block_nowait(index)
+        assert block is not None
+        self.blocks[index] = block
+        within = cluster & self._block_entries - 1
+        block[within] = count
+        self.dirty_sectors.setdefault(index, set()).add(within * self._bits // 8 // _SECTOR)
+
+    def _change_run(self, first: int, number: int, count: int) -> None:
+        """Set the counts of a run within one block."""
+        index = first >> self.block_bits
+        block = self._block_nowait(index)
+        assert block is not None
+        self.blocks[index] = block
+        within = first & self._block_entries - 1
+        block[within : within + number] = array(block.typecode, [count]) * number
+        sectors = self.dirty_sectors.setdefault(index, set())
+        bits = self._bits
+        sectors.update(
+            range(within * bits // 8 // _SECTOR, (within + number - 1) * bits // 8 // _SECTOR + 1)
+        )
+
+    def get(self, cluster: int) -> int:
+        """The count of a host cluster as it is in memory.
+
+        Raises:
+            Missing: The block is not in memory.
+        """
+        block = self._need_block(cluster >> self.block_bits)
+        return 0 if block is None else block[cluster & self._block_entries - 1]
+
+    def encoded_block(self, block: array[int]) -> bytes:
+        """A whole block as the file has it."""
+        return pack_refcounts(block, self._bits)
+
+    def full_block(self, used: int) -> array[int]:
+        """A new block whose first `used` counts (at most all) are 1, the others 0."""
+        block = unpack_refcounts(bytes(self._cluster_size), self._bits)
+        used = max(0, min(used, self._block_entries))
+        block[:used] = array(block.typecode, [1]) * used
+        return block
+
+    def use_table(self, table: array[int], blocks: dict[int, array[int]], used_up_to: int) -> None:
+        """Go on with a larger table whose new blocks are on disk already."""
+        self.table = table
+        for index, block in blocks.items():
+            self._cache.put(self._namespace + index, block)
+        self._virgin = max(self._virgin, used_up_to)
+
+    def sector_bytes(self, index: int, first: int, number: int) -> bytes:
+        """`number` sectors of a changed block as the file has them."""
+        per_sector = _SECTOR * 8 // self._bits
+        block = self.blocks[index]
+        return pack_refcounts(block[first * per_sector : (first + number) * per_sector], self._bits)
+
+    # --- allocating -----------------------------------------------------------------------------
+
+    def allocate(self, number: int) -> list[HostRun]:
+        """Take `number` host clusters, in as few runs as there are; each gets the count 1.
+
+        Raises:
+            Missing: A block is not in memory; nothing was changed.
+            TableFull: The refcount table must grow first, or does so; nothing was changed.
+        """
+        if self.growing:
+            raise TableFull
+        runs, cursor, used_free = self._find(number)
+        # From here on nothing may raise.
+        del self._free[:used_free]
+        self._cursor = max(self._cursor, cursor)
+        for first, count in runs:
+            self._take(first, count)
+        self.allocated += number
+        return runs
+
+    def _find(self, number: int) -> tuple[list[HostRun], int, int]:
+        """Free runs of `number` clusters together, the cursor behind them, free runs looked at."""
+        runs: list[HostRun] = []
+        used_free = 0
+        rest: HostRun | None = None
+        for first, count in self._free:
+            if not number:
+                break
+            used_free += 1
+            taken = min(count, number)
+            runs.append((first, taken))
+            number -= taken
+            if taken < count:
+                rest = (first + taken, count - taken)
+        cursor = self._cursor
+        while number:
+            first, count = self._free_run(cursor, number)
+            runs.append((first, count))
+            number -= count
+            cursor = first + count
+        if rest is not None:
+            # Put back what is left; the list is only changed once nothing can fail any more.
+            self._free[used_free - 1] = rest
+            used_free -= 1
+        return runs, cursor, used_free
+
+    def _free_run(self, start: int, number: int) -> HostRun:
+        """The first free run at or behind `start`, at most `number` clusters, within one block."""
+        while True:
+            index = start >> self.block_bits
+            within = start & self._block_entries - 1
+            block = self._need_block(index)
+            if block is None:
+                if index >= len(self.table):
+                    raise TableFull
+                # The first cluster of the range will hold the block itself.
+                first = max(start, (index << self.block_bits) + 1)
+                return first, min(number, (index + 1 << self.block_bits) - first)
+            try:
+                at = block.index(0, within)
+            except ValueError:
+                following = index + 1 << self.block_bits
+                if start == self._cursor:
+                    # Remember how far everything is taken, so that a retry does not begin anew.
+                    self._cursor = following
+                start = following
+                continue
+            count = 1
+            limit = min(number, self._block_entries - at)
+            while count < limit and block[at + count] == 0:
+                count += 1
+            return (index << self.block_bits) + at, count
+
+    def _take(self, first: int, count: int) -> None:
+        index = first >> self.block_bits
+        if self._block_nowait(index) is None:
+            self._new_block(index)
+        self._change_run(first, count, 1)
+
+    def _new_block(self, index: int) -> None:
+        """Make the block of a range that has none, in the range's first cluster.
+
+        So it counts itself, and nothing else must be durable before it.
+        """
+        empty = unpack_refcounts(bytes(self._cluster_size), self._bits)
+        self.blocks[index] = empty
+        self._cache.put(self._namespace + index, empty)
+        first = index << self.block_bits
+        self.table[index] = first << self._cluster_bits
+        self.new_blocks.add(index)
+        self._change(first, 1)
+        self.dirty_sectors[index] = set(range(self._cluster_size // _SECTOR))
+
+    def take_virgin(self, first: int, count: int) -> bool:
+        """Whether the clusters of a new run were never used, so that they read as zero.
+
+        Asked once after the allocation, in order of position: what lies below counts as used.
+        """
+        virgin = first >= self._virgin
+        self._virgin = max(self._virgin, first + count)
+        return virgin
+
+    # --- giving back ----------------------------------------------------------------------------
+
+    def give_back(self, runs: Iterable[HostRun]) -> None:
+        """Free clusters that nothing ever referred to: of a write that failed."""
+        for first, count in runs:
+            for cluster in range(first, first + count):
+                # The block was changed by the allocation; it may be clean again and forgotten.
+                if self._block_nowait(cluster >> self.block_bits) is None:
+                    self.dropped[cluster] += 1
+                else:
+                    self._change(cluster, 0)
+                    self._note_free(cluster)
+            self.allocated -= count
+
+    def check_reference(self, cluster: int, guest_offset: int) -> None:
+        """See that a reference that is about to be dropped is counted.
+
+        Raises:
+            Missing: The block is not in memory.
+            CorruptImageError: The count is lower than the references that are known.
+        """
+        if self.get(cluster) <= self.dropped[cluster]:
+            raise CorruptImageError(
+                f"the host cluster at {cluster << self._cluster_bits:#x} is used at guest offset "
+                f"{guest_offset:#x} but has a refcount of {self.get(cluster)}; run imagofs check",
+                filename=self._storage.filename,
+            )
+
+    def last_references(self, dropped: Counter[int]) -> list[int]:
+        """Which of the clusters, all counted by one block, are free once `dropped` is taken off.
+
+        Raises:
+            Missing: The block is not in memory.
+        """
+        return sorted(cluster for cluster, times in dropped.items() if self.get(cluster) <= times)
+
+    def take_off(self, dropped: Counter[int]) -> None:
+        """Take durable dereferences off the counts, all of one block.
+
+        Raises:
+            Missing: The block is not in memory; nothing was changed.
+        """
+        for cluster, times in dropped.items():
+            count = max(self.get(cluster) - times, 0)
+            self._change(cluster, count)
+            if not count:
+                self._note_free(cluster)
+
+    def _note_free(self, cluster: int) -> None:
+        # What lies behind the cursor is found there.
+        if cluster >= self._cursor:
+            return
+        if self._free and sum(self._free[-1]) == cluster:
+            first, count = self._free[-1]
+            self._free[-1] = (first, count + 1)
+        else:
+            self._free.append((cluster, 1))
