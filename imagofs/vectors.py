@@ -26,6 +26,8 @@ __all__ = [
     "is_address_aligned",
     "split_views",
     "total_length",
+    "views_aligned",
+    "zero_views",
 ]
 
 
@@ -36,7 +38,11 @@ def flat_view(buffer: Buffer) -> memoryview:
         TypeError: `buffer` has no buffer protocol, or is not contiguous.
     """
     view = memoryview(buffer)
-    return view if view.ndim == 1 and view.format == "B" and view.contiguous else view.cast("B")
+    if view.ndim == 1 and view.format == "B" and view.contiguous:
+        return view
+    if not view.nbytes:  # a shape with a zero in it cannot be cast
+        return memoryview(b"" if view.readonly else bytearray())
+    return view.cast("B")
 
 
 def flat_views(buffers: Buffer | IoVector | Iterable[Buffer]) -> list[memoryview]:
@@ -169,10 +175,7 @@ class IoVector:
             memory_alignment: Each buffer's address is a multiple of this (bytes).
             request_alignment: Each buffer's length is a multiple of this (bytes).
         """
-        return all(
-            view.nbytes % request_alignment == 0 and is_address_aligned(view, memory_alignment)
-            for view in self.views
-        )
+        return views_aligned(self.views, memory_alignment, request_alignment)
 
 
 class IoVectorMut(IoVector):
@@ -226,6 +229,15 @@ def fill_view(view: memoryview, value: int = 0) -> None:
         view[position:] = source[: end - position]
 
 
+def zero_views(length: int) -> list[memoryview]:
+    """Read-only views that hold `length` zero bytes together, all of the same 64 KiB."""
+    views = [_ZEROES] * (length // _ZEROES.nbytes)
+    rest = length % _ZEROES.nbytes
+    if rest:
+        views.append(_ZEROES[:rest])
+    return views
+
+
 def fill_views(views: Iterable[memoryview], value: int = 0) -> None:
     """Set every byte of all `views` to `value`."""
     for view in views:
@@ -244,3 +256,13 @@ def is_address_aligned(view: memoryview, alignment: int) -> bool:
     import ctypes  # only O_DIRECT gets here; a mount without it starts faster
 
     return ctypes.addressof(ctypes.c_char.from_buffer(view)) % alignment == 0
+
+
+def views_aligned(
+    views: Iterable[memoryview], memory_alignment: int, request_alignment: int
+) -> bool:
+    """Whether each view's address and length are multiples of the two alignments (bytes)."""
+    return all(
+        view.nbytes % request_alignment == 0 and is_address_aligned(view, memory_alignment)
+        for view in views
+    )

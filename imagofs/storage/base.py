@@ -16,9 +16,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NoReturn, Self
+
+from ..errors import ClosedError, OutOfRangeError, ReadOnlyError, UnsupportedError
+from ..vectors import zero_views
+from .blockers import WriteBlockers
 
 __all__ = ["PreallocateMode", "Storage", "StorageCreateOptions", "StorageOpenOptions"]
+
+
+#: No byte of a storage lies behind this offset: a signed 64-bit file offset, less some room so that
+#: adding the length of a buffer cannot get past it.
+MAX_OFFSET = (1 << 63) - (1 << 48)
+
+_WRITE_STEP = 1 << 20
 
 
 class PreallocateMode(enum.Enum):
@@ -85,6 +96,10 @@ class Storage(ABC):
     writable: bool = False
     #: The file's absolute name, or None for what has none.
     filename: str | None = None
+    #: Set by `close`: requests raise `ClosedError` from then on.
+    closed: bool = False
+
+    _blockers: WriteBlockers | None = None
 
     @abstractmethod
     def size(self) -> int:
@@ -114,6 +129,13 @@ class Storage(ABC):
         return 0
 
     # --- what a driver implements -----------------------------------------------------------
+    #
+    # Called with checked arguments only: the storage is open (and writable, where it changes
+    # something), offsets are not negative, lengths are above zero, and each view's address, each
+    # view's length and the offset are multiples of the alignments.
+    #
+    # A task that is cancelled in one of these leaves the range with old bytes, new bytes or a mix
+    # of both, and nobody is still writing to it once the task is gone.
 
     @abstractmethod
     async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
@@ -122,16 +144,25 @@ class Storage(ABC):
     @abstractmethod
     async def pure_writev(self, views: Sequence[memoryview], offset: int) -> None:
         """Write the aligned flat `views` at `offset`. Writing past the end grows the storage
-        where it can grow."""
+        where it can grow.
+
+        A write that ends at or behind `size()` may end unaligned (in its last view), so that
+        neither a file whose length is no multiple of `request_alignment` nor one that grows by an
+        unaligned write gets padded.
+        """
 
     @abstractmethod
     async def pure_write_zeroes(self, offset: int, length: int, *, allocated: bool) -> None:
-        """Make the range read as zero; with `allocated`, keep or reserve its space."""
+        """Make the range read as zero; with `allocated`, keep or reserve its space.
+
+        Offset and length are multiples of `zero_alignment`. As a write does, it grows the storage.
+        """
 
     @abstractmethod
     async def pure_discard(self, offset: int, length: int) -> None:
         """Give the range's space back; its contents are undefined afterwards.
 
+        Offset and length are multiples of `discard_alignment`, and the range lies inside `size()`.
         The storage's size never changes by it.
         """
 
@@ -163,8 +194,6 @@ class Storage(ABC):
         Raises:
             UnsupportedError: The name is relative and the storage has no file name.
         """
-        from ..errors import UnsupportedError
-
         if os.path.isabs(name):
             return name
         if self.filename is None:
@@ -174,27 +203,127 @@ class Storage(ABC):
     # --- what everybody calls -----------------------------------------------------------------
 
     async def readv(self, views: Sequence[memoryview], offset: int) -> None:
-        """Fill `views` with the bytes from `offset` on. Any alignment. Past the end: zeroes."""
-        await self.pure_readv(views, offset)
+        """Fill the flat `views` with the bytes from `offset` on. Any alignment.
+
+        Bytes past the end read as zero. A read that failed or was cancelled leaves `views` with
+        undefined contents.
+
+        Raises:
+            ClosedError: The storage was closed.
+            OutOfRangeError: `offset` is negative or beyond what an offset can be.
+            StorageError: The system refused, or the storage ends earlier than `size()` says.
+        """
+        if self.closed or not 0 <= offset < MAX_OFFSET:
+            self._refuse(offset)
+        if self.request_alignment == 1 and self.memory_alignment == 1:
+            await self.pure_readv(views, offset)
+        else:
+            from . import bounce
+
+            await bounce.readv(self, views, offset)
 
     async def writev(self, views: Sequence[memoryview], offset: int) -> None:
-        """Write `views` at `offset`. Any alignment."""
-        await self.pure_writev(views, offset)
+        """Write the flat `views` at `offset`. Any alignment; past the end the storage grows.
+
+        A write that failed or was cancelled leaves in each sector the old or the new bytes, and
+        writes no more when this returns.
+
+        Raises:
+            ClosedError: The storage was closed.
+            ReadOnlyError: The storage is open read-only.
+            OutOfRangeError: `offset` is negative or beyond what an offset can be.
+            SyncLostError: An earlier sync failed.
+            StorageError: The system refused.
+        """
+        if self.closed or not self.writable or not 0 <= offset < MAX_OFFSET:
+            self._refuse(offset, write=True)
+        if self.request_alignment == 1 and self.memory_alignment == 1:
+            await self.pure_writev(views, offset)
+        else:
+            from . import bounce
+
+            await bounce.writev(self, views, offset)
 
     async def write_zeroes(self, offset: int, length: int) -> None:
-        """Make `length` bytes read as zero, by the cheapest way."""
-        await self.pure_write_zeroes(offset, length, allocated=False)
+        """Make `length` bytes read as zero, by the cheapest way. Errors as for `writev`."""
+        await self._write_zeroes(offset, length, allocated=False)
 
     async def write_allocated_zeroes(self, offset: int, length: int) -> None:
-        """Make `length` bytes read as zero and keep their space reserved."""
-        await self.pure_write_zeroes(offset, length, allocated=True)
+        """Make `length` bytes read as zero, and keep their space. Errors as for `writev`."""
+        await self._write_zeroes(offset, length, allocated=True)
 
     async def discard(self, offset: int, length: int) -> None:
-        """Give space back, as far as whole units of `discard_alignment` lie in the range."""
-        await self.pure_discard(offset, length)
+        """Give space back, as far as whole units of `discard_alignment` lie in the range.
+
+        What is discarded has undefined contents afterwards, what is not keeps its own. A range
+        past the end is left alone. Errors as for `writev`.
+        """
+        self._check_range(offset, length)
+        unit = self.discard_alignment
+        end = min(offset + length, self.size())
+        low, high = offset + -offset % unit, end - end % unit
+        if low >= high:
+            return
+        if self.request_alignment == 1:
+            await self.pure_discard(low, high - low)
+        else:
+            async with self.write_blockers().weak(low, high):
+                await self.pure_discard(low, high - low)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
+
+    def write_blockers(self) -> WriteBlockers:
+        """What keeps read-modify-write cycles apart from other writes (see `blockers.py`).
+
+        Only storages with a `request_alignment` above 1 use it. A driver that writes without
+        these methods (in `writev_nowait`, say) must respect it.
+        """
+        if self._blockers is None:
+            self._blockers = WriteBlockers()
+        return self._blockers
+
+    async def _write_zeroes(self, offset: int, length: int, *, allocated: bool) -> None:
+        self._check_range(offset, length)
+        unit, end = self.zero_alignment, offset + length
+        low, high = offset + -offset % unit, end - end % unit
+        if low >= high:
+            await self._write_zero_bytes(offset, end)
+            return
+        await self._write_zero_bytes(offset, low)
+        if self.request_alignment == 1:
+            await self.pure_write_zeroes(low, high - low, allocated=allocated)
+        else:
+            async with self.write_blockers().weak(low, high):
+                await self.pure_write_zeroes(low, high - low, allocated=allocated)
+        await self._write_zero_bytes(high, end)
+
+    async def _write_zero_bytes(self, start: int, end: int) -> None:
+        """Write zeroes as data from `start` up to `end`."""
+        while start < end:
+            step = min(end - start, _WRITE_STEP)
+            await self.writev(zero_views(step), start)
+            start += step
+
+    def _check_range(self, offset: int, length: int) -> None:
+        """Check the arguments of a change."""
+        if (
+            self.closed
+            or not self.writable
+            or offset < 0
+            or length < 0
+            or offset + length > MAX_OFFSET
+        ):
+            self._refuse(offset, length, write=True)
+
+    def _refuse(self, offset: int, length: int = 0, *, write: bool = False) -> NoReturn:
+        """Raise what is wrong with a request: it was already found wrong."""
+        if self.closed:
+            raise ClosedError("the storage is closed", filename=self.filename)
+        if write and not self.writable:
+            raise ReadOnlyError("the storage is open read-only", filename=self.filename)
+        what = f"offset {offset}" if not length else f"{length} bytes at offset {offset}"
+        raise OutOfRangeError(f"{what}: outside of what a storage can have", filename=self.filename)

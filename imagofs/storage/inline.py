@@ -1,0 +1,124 @@
+"""Reads and writes that are done in line, as far as they need no waiting: the fast path of files.
+
+Reads come from the page cache (RWF_NOWAIT). Writes go into it, which takes no longer than a copy
+until the kernel holds writers up because too much is dirty; that is noticed by the time it takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from os import preadv as _preadv
+from os import pwritev as _pwritev
+from time import monotonic as _monotonic
+
+from ..vectors import fill_views, split_views, total_length
+from . import syscalls
+from .base import Storage
+
+__all__ = ["InlineStorage"]
+
+#: An in-line write that took longer (seconds) was held up: the next ones go to threads ...
+SLOW_WRITE = 0.005
+#: ... for this long (seconds).
+PAUSE = 0.1
+
+# Where the file system does not know RWF_NOWAIT, nobody can say whether a read waits. It is done in
+# line all the same, which suits a tmpfs, unless several in turn took longer than this.
+_SLOW_READ = 0.0005
+_SLOW_READ_PER_BYTE = 1 / (1 << 30)
+_SLOW_READS = 4
+
+
+class InlineStorage(Storage):
+    """The `*_nowait` methods on a file descriptor, and the size that they keep current."""
+
+    def __init__(self, *, read_fd: int, write_fd: int, size: int) -> None:
+        """Set what the fast path may use.
+
+        A descriptor of -1 makes the system refuse; the fast path gives up then, and the slow one
+        says why. So nothing needs to be asked on the way.
+        """
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self._size = size
+        self._nowait_flags = os.RWF_NOWAIT
+        self._read_inline_from = 0.0  # in-line reads and writes pause until these moments
+        self._write_inline_from = 0.0
+        self._slow_reads = 0
+
+    def size(self) -> int:
+        """The size in bytes, kept current by this storage's own writes and resizes."""
+        return self._size
+
+    def readv_nowait(self, views: Sequence[memoryview], offset: int) -> int:
+        """Fill what the page cache has. See `Storage.readv_nowait`."""
+        flags = self._nowait_flags
+        if not flags:
+            return self._readv_inline(views, offset)
+        try:
+            done = _preadv(self._read_fd, views, offset, flags)
+        except BlockingIOError:
+            return 0
+        except (OSError, OverflowError) as error:
+            return self._readv_refused(views, offset, error)
+        if offset + done < self._size:
+            return done
+        return self._readv_at_end(views, offset, done)
+
+    def _readv_refused(self, views: Sequence[memoryview], offset: int, error: Exception) -> int:
+        if isinstance(error, OSError):
+            if error.errno in syscalls.UNSUPPORTED:
+                self._nowait_flags = 0
+                return self._readv_inline(views, offset)
+            if error.errno == errno.EINVAL and len(views) > syscalls.IOV_MAX and offset >= 0:
+                return self.readv_nowait(views[: syscalls.IOV_MAX], offset)
+        return 0
+
+    def _readv_inline(self, views: Sequence[memoryview], offset: int) -> int:
+        """Read without RWF_NOWAIT, as long as that turns out to be fast."""
+        start = _monotonic()
+        if start < self._read_inline_from:
+            return 0
+        try:
+            done = _preadv(self._read_fd, views[: syscalls.IOV_MAX], offset)
+        except (OSError, OverflowError):
+            return 0
+        end = _monotonic()
+        if end - start > _SLOW_READ + done * _SLOW_READ_PER_BYTE:
+            # A single one may only have lost the processor for a moment.
+            self._slow_reads += 2
+            if self._slow_reads >= _SLOW_READS:
+                self._slow_reads = 0
+                self._read_inline_from = end + PAUSE
+        elif self._slow_reads:
+            self._slow_reads -= 1
+        if offset + done < self._size:
+            return done
+        return self._readv_at_end(views, offset, done)
+
+    def _readv_at_end(self, views: Sequence[memoryview], offset: int, done: int) -> int:
+        """Fill with zeroes what lies behind the end, once all before it is there."""
+        inside = max(0, min(self._size - offset, total := total_length(views)))
+        if done < inside:
+            return done
+        if inside < total:
+            fill_views(split_views([*views], inside)[1])
+        return total
+
+    def writev_nowait(self, views: Sequence[memoryview], offset: int) -> int:
+        """Write into the page cache, unless that was slow just now. See `Storage.writev_nowait`."""
+        start = _monotonic()
+        if start < self._write_inline_from:
+            return 0
+        try:
+            done = _pwritev(self._write_fd, views, offset)
+        except (OSError, OverflowError):
+            return 0
+        if offset + done > self._size:
+            self._size = offset + done
+        end = _monotonic()
+        if end - start > SLOW_WRITE:
+            self._write_inline_from = end + PAUSE
+        return done
