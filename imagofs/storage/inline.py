@@ -82,21 +82,25 @@ class InlineStorage(Storage):
         if start < self._read_inline_from:
             return 0
         try:
-            done = _preadv(self._read_fd, views[: syscalls.IOV_MAX], offset)
+            done = _preadv(self._read_fd, views, offset)
         except (OSError, OverflowError):
             return 0
-        end = _monotonic()
-        if end - start > _SLOW_READ + done * _SLOW_READ_PER_BYTE:
-            # A single one may only have lost the processor for a moment.
-            self._slow_reads += 2
-            if self._slow_reads >= _SLOW_READS:
-                self._slow_reads = 0
-                self._read_inline_from = end + PAUSE
-        elif self._slow_reads:
-            self._slow_reads -= 1
+        taken = _monotonic() - start
+        if taken > _SLOW_READ or self._slow_reads:
+            self._judge_read(taken, done)
         if offset + done < self._size:
             return done
         return self._readv_at_end(views, offset, done)
+
+    def _judge_read(self, taken: float, length: int) -> None:
+        """Pause in-line reads if slow ones (in seconds) pile up."""
+        if taken <= _SLOW_READ + length * _SLOW_READ_PER_BYTE:
+            self._slow_reads = max(0, self._slow_reads - 1)
+            return
+        self._slow_reads += 2  # a single one may only have lost the processor for a moment
+        if self._slow_reads >= _SLOW_READS:
+            self._slow_reads = 0
+            self._read_inline_from = _monotonic() + PAUSE
 
     def _readv_at_end(self, views: Sequence[memoryview], offset: int, done: int) -> int:
         """Fill with zeroes what lies behind the end, once all before it is there."""
