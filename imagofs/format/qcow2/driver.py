@@ -268,13 +268,15 @@ class Qcow2(FormatDriver):
         index = guest_offset >> self._cluster_bits & l2.slice_mask
         entry = table[index * l2.entry_words]
         kind = self._kind(entry, table, index, guest_offset)
-        if kind == DATA or (kind == ZEROES and entry & OFFSET_MASK):
+        if kind == DATA:
             host_offset = entry & OFFSET_MASK
             if self._is_wrong_place(host_offset, guest_offset):
                 raise self.wrong_entry(entry, guest_offset)
             within = guest_offset & self._cluster_size - 1
             return kind, host_offset + within, bool(self._in_place and entry & COPIED)
-        if kind not in (UNALLOCATED, ZEROES, COMPRESSED_DATA):
+        if kind == ZEROES:
+            return kind, entry & OFFSET_MASK, False
+        if kind not in (UNALLOCATED, COMPRESSED_DATA):
             raise self.wrong_entry(entry, guest_offset)
         return kind, 0, False
 

@@ -10,6 +10,7 @@ import trio
 from ...errors import FormatError
 from ...opening import FROM_HEADER, FromHeader
 from ...storage.base import Storage
+from .bitmaps import read_bitmaps
 from .driver import Qcow2
 from .entries import OFFSET_MASK, from_big_endian
 from .header import MAX_CLUSTER_BITS, Header, parse_header
@@ -99,7 +100,6 @@ async def load(
     if writable:
         entries = header.reftable_clusters << header.cluster_bits - 3
         reftable = await _read_table(storage, header.reftable_offset, entries)
-        _check_l1(storage, header, l1)
     data_storage = await _data_storage(storage, header, context, data_file, writable)
     opened_backing = None
     try:
@@ -110,10 +110,8 @@ async def load(
                 )
             backing = opened_backing
         metadata = Metadata(storage, data_storage, header, l1, reftable, context.cache)
-        if writable and header.dirty:
-            from .rebuilding import rebuild_refcounts
-
-            await rebuild_refcounts(metadata)
+        if writable:
+            metadata.own.update(await _own_clusters(storage, header, l1, reftable))
         return Qcow2(
             metadata,
             size=size,
@@ -141,17 +139,50 @@ def _check_writable(storage: Storage, header: Header, snapshot: str | None) -> N
         )
 
 
-def _check_l1(storage: Storage, header: Header, l1: array[int]) -> None:
-    """Refuse to write to an image whose L2 tables cannot be where L1 says."""
-    end = storage.size()
-    for index, entry in enumerate(l1):
-        offset = entry & OFFSET_MASK
-        if offset & header.cluster_size - 1 or (offset and offset + header.cluster_size > end):
+async def _own_clusters(
+    storage: Storage, header: Header, l1: array[int], reftable: array[int]
+) -> set[int]:
+    """Host clusters that hold metadata.
+
+    Raises:
+        FormatError: A table cannot be where its entry says, or lies over another one: writing
+            would make it worse.
+    """
+    bits, end = header.cluster_bits, storage.size()
+    own = {0}
+
+    def add(what: str, offset: int, length: int) -> None:
+        clusters = range(offset >> bits, offset + length + header.cluster_size - 1 >> bits)
+        if (
+            offset & header.cluster_size - 1
+            or offset + length > end
+            or not own.isdisjoint(clusters)
+        ):
             raise FormatError(
-                f"L1 entry {index} points to {offset:#x}, where no L2 table can be; open it "
-                f"read-only, or run imagofs check",
+                f"the {what} at {offset:#x} is misplaced or lies over other metadata; open the "
+                f"image read-only, or run imagofs check",
                 filename=storage.filename,
             )
+        own.update(clusters)
+
+    add("L1 table", header.l1_offset, header.l1_entries * 8)
+    add("refcount table", header.reftable_offset, header.reftable_clusters << bits)
+    for index, entry in enumerate(reftable):
+        if entry:
+            add(f"refcount block {index}", entry, header.cluster_size)
+    for index, entry in enumerate(l1):
+        if entry & OFFSET_MASK:
+            add(f"L2 table {index}", entry & OFFSET_MASK, header.cluster_size)
+    snapshots = await read_snapshots(storage, header)
+    if snapshots:
+        add("snapshot table", header.snapshots_offset, sum(s.length for s in snapshots))
+    for snapshot in snapshots:
+        add(f"L1 table of snapshot {snapshot.name!r}", snapshot.l1_offset, snapshot.l1_entries * 8)
+    if header.bitmaps is not None:
+        add("bitmap directory", header.bitmaps.directory_offset, header.bitmaps.directory_size)
+    for bitmap in await read_bitmaps(storage, header):
+        add(f"table of bitmap {bitmap.name!r}", bitmap.table_offset, bitmap.table_entries * 8)
+    return own
 
 
 async def _data_storage(

@@ -88,14 +88,21 @@ class Metadata:
         self.data_storage = data_storage
         self.header = header
         self.l2 = L2Tables(storage, header, l1, cache)
-        self.refcounts = Refcounts(storage, header, reftable, cache)
+        #: Host clusters that hold metadata: guest data there is never written. Empty where the
+        #: image is only read.
+        self.own: set[int] = set()
+        self.refcounts = Refcounts(storage, header, reftable, cache, self.own)
         self.epochs = IoEpochs()
         self._flushing = trio.Lock()
         self._asked = self._covered = self._covered_durably = 0
         #: Set once a sync failed; from then on nothing is written.
         self.lost: str | None = None
 
-    # --- the cut --------------------------------------------------------------------------------
+    def is_own(self, host_offset: int) -> bool:
+        """Whether the host cluster at `host_offset` holds metadata."""
+        return host_offset >> self.header.cluster_bits in self.own
+
+    # --- the cut ------------------------------------------------------------------------------
 
     def dirty_bytes(self) -> int:
         """Bytes of changed tables that wait for a flush."""
@@ -145,7 +152,7 @@ class Metadata:
         refcounts.dropped.update(cut.dropped)
         refcounts.writing, l2.writing = {}, {}
 
-    # --- flushing -------------------------------------------------------------------------------
+    # --- flushing -----------------------------------------------------------------------------
 
     def check_alive(self) -> None:
         """See that no sync has failed.
@@ -280,7 +287,15 @@ class Metadata:
             )
             self.check_alive()
 
-    # --- the header -----------------------------------------------------------------------------
+    async def sync_now(self) -> None:
+        """Make durable what was written by `write`, outside of a flush.
+
+        Raises:
+            SyncLostError: It failed.
+        """
+        await self._sync()
+
+    # --- the header ---------------------------------------------------------------------------
 
     async def change_header(self, header: Header) -> None:
         """Put the fields of `header` in the place of the old ones, durable before this returns.
@@ -294,7 +309,7 @@ class Metadata:
         self.header = header
         await self._sync()
 
-    # --- growing the refcount table ---------------------------------------------------------------
+    # --- growing the refcount table -------------------------------------------------------------
 
     async def grow_refcount_table(self) -> None:
         """Make room for more refcount blocks, unless somebody else just did.
@@ -355,6 +370,8 @@ class Metadata:
         # From here on the file may be read through the new table.
         self.header = new_header
         refcounts.use_table(table, new_blocks, first + used)
+        self.own.difference_update(range(old_first, old_first + old_clusters))
+        self.own.update(range(first, first + used))
         await self._sync()
         for cluster in range(old_first, old_first + old_clusters):
             refcounts.dropped[cluster] += 1

@@ -46,12 +46,19 @@ class Refcounts:
         header: Its header.
         table: The refcount table's entries.
         cache: Where clean blocks are kept.
+        own: Host clusters that hold metadata; blocks made here are entered.
     """
 
     def __init__(
-        self, storage: Storage, header: Header, table: array[int], cache: MetadataCache
+        self,
+        storage: Storage,
+        header: Header,
+        table: array[int],
+        cache: MetadataCache,
+        own: set[int],
     ) -> None:
         self._storage = storage
+        self._own = own
         self._bits = header.refcount_bits
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -189,10 +196,19 @@ class Refcounts:
         Raises:
             Missing: A block is not in memory; nothing was changed.
             TableFull: The refcount table must grow first, or does so; nothing was changed.
+            CorruptImageError: A cluster with metadata is not counted.
         """
         if self.growing:
             raise TableFull
         runs, cursor, used_free = self._find(number)
+        if self._own and any(
+            cluster in self._own for first, n in runs for cluster in range(first, first + n)
+        ):
+            raise CorruptImageError(
+                "a cluster that holds metadata has a refcount of 0, so nothing is allocated; run "
+                "imagofs check",
+                filename=self._storage.filename,
+            )
         # From here on nothing may raise.
         del self._free[:used_free]
         self._cursor = max(self._cursor, cursor)
@@ -271,6 +287,7 @@ class Refcounts:
         first = index << self.block_bits
         self.table[index] = first << self._cluster_bits
         self.new_blocks.add(index)
+        self._own.add(first)
         self._change(first, 1)
         self.dirty_sectors[index] = set(range(self._cluster_size // _SECTOR))
 
