@@ -164,10 +164,8 @@ class OpenContext:
             )
         )
         try:
-            # The gate has seen the path without symbolic links; one that appears now is refused.
-            storage = await _open_file(
-                path, replace(self.options, writable=writable), self.lock, follow=False
-            )
+            options = replace(self.options, writable=writable)
+            storage = await _open_file(path, options, self.lock, where=path)
         except ImagofsError as exc:
             error = ChainError(
                 f"cannot open its {role.value} {name!r} ({path}): {exc.message}",
@@ -270,9 +268,14 @@ async def open_storage(
 
 
 async def _open_file(
-    path: str, options: StorageOpenOptions, lock: bool, *, follow: bool = True
-) -> Storage:
-    storage = await FileStorage.open(path, options, follow_symlinks=follow)
+    path: str, options: StorageOpenOptions, lock: bool, *, where: str | None = None
+) -> FileStorage:
+    """Open a file; with `where`, only if that is its path without symbolic links."""
+    storage = await FileStorage.open(path, options)
+    # A gate has judged `where`: a symbolic link may have been put into that path since.
+    if where is not None and os.readlink(f"/proc/self/fd/{storage.fileno()}") != where:
+        await _close(storage)
+        raise ChainError("it was replaced while it was opened", filename=path)
     if lock:
         try:
             storage.lock(writable=options.writable)

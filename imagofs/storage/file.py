@@ -214,6 +214,16 @@ class FileStorage(InlineStorage):
 
     # --- facts --------------------------------------------------------------------------------
 
+    def fileno(self) -> int:
+        """The descriptor, which stays this storage's own.
+
+        Raises:
+            ClosedError: The storage was closed.
+        """
+        if self.closed:
+            self._refuse(0)
+        return self._fd
+
     def allocated_bytes(self) -> int:
         """Bytes of host space that the file takes; a block device's size."""
         if self.is_block_device:
@@ -258,6 +268,8 @@ class FileStorage(InlineStorage):
         """Write `views` in a thread. See `Storage.pure_writev`."""
         self._check_sync()
         end = offset + total_length(views)
+        if end == offset:
+            return
         try:
             await self._in_thread(self._writers, self._write, views, offset, end)
         except OSError as error:
