@@ -265,7 +265,8 @@ class Writer:
                     covered = max(0, min(mapping.length, layer.size() - mapping.offset))
                     part, rest = split_views(part, covered)
                     fill_views(rest)
-                    await layer.readv(part, mapping.offset)
+                    if covered:
+                        await layer.readv(part, mapping.offset)
                 case _:
                     fill_views(part)
             guest_offset += mapping.length
@@ -391,7 +392,7 @@ class Writer:
             length = min(stop, self._driver.size()) - start
             await self._data_storage.write_zeroes(start, length)
 
-    # --- mappings to write through ------------------------------------------------------------------
+    # --- mappings to write through ----------------------------------------------------------------
 
     async def ensure_data_mapping(
         self, guest_offset: int, length: int, *, overwrite: bool
