@@ -131,8 +131,9 @@ class Storage(ABC):
     # --- what a driver implements -----------------------------------------------------------
     #
     # Called with checked arguments only: the storage is open (and writable, where it changes
-    # something), offsets are not negative, lengths are above zero, and each view's address, each
-    # view's length and the offset are multiples of the alignments.
+    # something), offsets are not negative, lengths of zeroes and discards are above zero (vectors
+    # may be empty), and each view's address, each view's length and the offset are multiples of
+    # the alignments.
     #
     # A task that is cancelled in one of these leaves the range with old bytes, new bytes or a mix
     # of both, and nobody is still writing to it once the task is gone.

@@ -36,14 +36,14 @@ def aligned_buffer(length: int, alignment: int) -> memoryview:
 async def readv(storage: Storage, views: Sequence[memoryview], offset: int) -> None:
     """`Storage.readv`, with its checks done."""
     request, memory = storage.request_alignment, storage.memory_alignment
+    end = offset + total_length(views)
+    if end == offset:
+        return
     if offset % request == 0 and views_aligned(views, memory, request):
         await storage.pure_readv(views, offset)
         return
-    end = offset + total_length(views)
     first, last = offset - offset % request, end + -end % request
     chunk = _chunk_length(first, last, request)
-    if not chunk:
-        return
     bounce = aligned_buffer(chunk, memory)
     rest = list(views)
     for start in range(first, last, chunk):
@@ -60,9 +60,9 @@ async def writev(storage: Storage, views: Sequence[memoryview], offset: int) -> 
     """`Storage.writev`, with its checks done."""
     request, memory = storage.request_alignment, storage.memory_alignment
     end = offset + total_length(views)
-    first, last = offset - offset % request, end + -end % request
-    if first == last:
+    if end == offset:
         return
+    first, last = offset - offset % request, end + -end % request
     if first < offset or end < last:
         async with storage.write_blockers().strong(first, last):
             await _write_through_buffer(storage, views, offset, end)

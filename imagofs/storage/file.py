@@ -512,7 +512,8 @@ class FileStorage(InlineStorage):
 
     def _size_after_failure(self) -> None:
         """A failed write may have made the file longer."""
-        self._size = max(self._size, self._true_size())
+        if not self.closed:
+            self._size = max(self._size, self._true_size())
 
     def _check_sync(self) -> None:
         if self._sync_lost:

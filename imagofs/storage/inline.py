@@ -120,7 +120,7 @@ class InlineStorage(Storage):
             done = _pwritev(self._write_fd, views, offset)
         except (OSError, OverflowError):
             return 0
-        if offset + done > self._size:
+        if offset + done > self._size and done:
             self._size = offset + done
         end = _monotonic()
         if end - start > SLOW_WRITE:

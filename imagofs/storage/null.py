@@ -48,9 +48,7 @@ class NullStorage(Storage):
         """Take all of `views`."""
         if self.closed or not 0 <= offset < MAX_OFFSET:
             return 0
-        length = total_length(views)
-        self._size = max(self._size, offset + length)
-        return length
+        return self._grow(offset, total_length(views))
 
     async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill `views` with zeroes."""
@@ -58,11 +56,11 @@ class NullStorage(Storage):
 
     async def pure_writev(self, views: Sequence[memoryview], offset: int) -> None:
         """Forget `views`; the storage may grow."""
-        self._size = max(self._size, offset + total_length(views))
+        self._grow(offset, total_length(views))
 
     async def pure_write_zeroes(self, offset: int, length: int, *, allocated: bool) -> None:
         """All is zero already, and no space is ever taken; the storage may grow."""
-        self._size = max(self._size, offset + length)
+        self._grow(offset, length)
 
     async def pure_discard(self, offset: int, length: int) -> None:
         """No space is taken."""
@@ -90,3 +88,8 @@ class NullStorage(Storage):
     async def close(self) -> None:
         """Refuse requests from now on."""
         self.closed = True
+
+    def _grow(self, offset: int, length: int) -> int:
+        if length and offset + length > self._size:
+            self._size = offset + length
+        return length
