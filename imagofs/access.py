@@ -157,7 +157,7 @@ class FormatAccess:
         return True
 
     def write_nowait(self, view: memoryview, guest_offset: int) -> bool:
-        """Write the flat `view` if it can be done in place and without waiting. A plain function.
+        """Write the flat `view` if that needs no waiting. A plain function.
 
         The range must lie inside the image; this method does not check it.
 
@@ -176,7 +176,7 @@ class FormatAccess:
                     place = (entry & HOST_OFFSET_MASK) + within
                     return self._writers[entry & STORAGE_MASK]((view,), place) == length
         if not self._map.in_place(guest_offset, length):
-            return False
+            return self.driver.write_nowait(view, guest_offset)
         position = 0
         for code, place, run_length in self._map.runs(guest_offset, length):
             part = view[position : position + run_length]

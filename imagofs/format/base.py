@@ -142,6 +142,14 @@ class FormatDriver(ABC):
         """Whether no operation in flight overlaps, so that an IN_PLACE range may be written."""
         return False
 
+    def write_nowait(self, view: memoryview, guest_offset: int) -> bool:
+        """Write the flat `view` with what allocation it takes, if nothing needs waiting.
+
+        Returns:
+            False: the guest's contents are as before, or partly new; give all of it to `writev`.
+        """
+        return False
+
     async def writev(self, views: Sequence[memoryview], guest_offset: int) -> None:
         """Write `views`, allocating and copying where needed.
 

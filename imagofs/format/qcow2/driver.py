@@ -347,6 +347,9 @@ class Qcow2(FormatDriver):
     def can_write_nowait(self, guest_offset: int, length: int) -> bool:
         return bool(self._in_place) and self.locks.is_free(guest_offset, guest_offset + length)
 
+    def write_nowait(self, view: memoryview, guest_offset: int) -> bool:
+        return self._writer is not None and self._writer.write_nowait(view, guest_offset)
+
     def _writing(self) -> Writer:
         if self._writer is None:
             raise self._read_only()
