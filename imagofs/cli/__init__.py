@@ -1,0 +1,87 @@
+"""The command line: finds the verb, and says what failed in one line.
+
+A verb is a module of this package with a function `main(arguments) -> int` that returns the exit
+code. It is imported when it is asked for, so that a mount does not wait for what it does not use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+from .. import __version__
+from ..errors import ImagofsError
+
+__all__ = ["Parser", "main", "report"]
+
+#: Verb to what it does, in a few words.
+VERBS: Final = {
+    "mount": "mount an image (the verb may be left out)",
+    "umount": "unmount, and wait until everything is on the disk",
+    "info": "say what an image is made of",
+}
+
+_USAGE: Final = """\
+usage: imagofs [mount] IMAGE MOUNTPOINT [-f] [-v] [-o OPTION[,OPTION...]]
+       imagofs VERB ...
+       imagofs --help | --version
+
+Show the disk inside a virtual-machine image (qcow2, raw, VMDK), with its whole chain of backing
+files, as one flat raw file.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and exit with 2."""
+        report(f"{message} (see '{self.prog} --help')")
+        sys.exit(2)
+
+
+def report(message: str) -> None:
+    """Print one line to stderr."""
+    print("imagofs:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: The words after the program's name; None: the process's own.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for wrong usage, 130 if it was interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        report("an image and a mountpoint are needed (see 'imagofs --help')")
+        return 2
+    if words[0] in ("-h", "--help"):
+        print(_USAGE)
+        print("verbs ('imagofs VERB --help' says more):")
+        for verb, purpose in VERBS.items():
+            print(f"  {verb:<10}{purpose}")
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"imagofs {__version__}")
+        return 0
+    verb = words.pop(0) if words[0] in VERBS else "mount"
+    try:
+        code: int = importlib.import_module(f"{__name__}.{verb}").main(words)
+        sys.stdout.flush()
+    except ImagofsError as error:
+        report(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough; the interpreter must not trip over it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    return code

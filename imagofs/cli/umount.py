@@ -1,0 +1,81 @@
+"""`imagofs umount MOUNTPOINT`: unmount, and wait until everything is on the disk."""
+
+from __future__ import annotations
+
+import errno
+
+from ..errors import StorageError
+from ..fuse import mounts
+from ..fuse.control import Connection, EndedEarly
+from . import Parser
+
+__all__ = ["main", "unmount"]
+
+
+def main(arguments: list[str]) -> int:
+    """Unmount."""
+    parser = Parser(
+        prog="imagofs umount",
+        description="Unmount, and return when everything is on the disk and the daemon has ended.",
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument(
+        "-l",
+        "--lazy",
+        action="store_true",
+        help="take the mount away although it is used, and do not wait: the daemon ends with its "
+        "last user",
+    )
+    words = parser.parse_args(arguments)
+    unmount(words.mountpoint, lazy=words.lazy)
+    return 0
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount what imagofs mounted at `mountpoint`; wait for its daemon unless `lazy`.
+
+    Raises:
+        StorageError: It is no mount of imagofs, it is in use, or something was lost.
+    """
+    point = mounts.real_path(mountpoint)
+    mount = mounts.find_at(point)
+    if mount is None or mount.fstype != mounts.FSTYPE:
+        raise StorageError("imagofs has mounted nothing here", error=errno.EINVAL, filename=point)
+    try:
+        connection = Connection(mount.device, mount.owner)
+    except OSError as error:
+        # No daemon: a stale mount, or one that only another network namespace can reach.
+        if not mounts.is_dead(point) and not lazy:
+            raise StorageError(
+                f"cannot reach the daemon to wait for it ({error.strerror or error}); unmount with "
+                f"umount(8) or -l",
+                filename=point,
+            ) from error
+        _detach(point, lazy=True)
+        return
+    with connection:
+        _detach(point, lazy=lazy)
+        if lazy or any(other.device == mount.device for other in mounts.mounts()):
+            return  # used, or mounted elsewhere too
+        try:
+            lost = connection.wait()
+        except EndedEarly:
+            lost = (
+                f"its daemon (process {connection.process}) ended early: what was written and not "
+                f"synced may be lost"
+            )
+    if lost:
+        raise StorageError(lost, filename=point)
+
+
+def _detach(point: str, *, lazy: bool) -> None:
+    try:
+        mounts.detach(point, lazy=lazy)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.EBUSY:
+            users = mounts.users(point)
+            reason = f"in use{f' by {users}' if users else ''}; end that, or unmount with -l"
+        raise StorageError(
+            f"cannot unmount: {reason}", error=error.errno or errno.EIO, filename=point
+        ) from error

@@ -1,0 +1,414 @@
+"""From the command to a mount that answers, and from its end to an image that is on the disk.
+
+The order is fixed: the process forks (before any thread exists), the child opens the image, mounts,
+and serves; the parent waits for one line: that the mount answers, or what is wrong. After the end
+the image is flushed, synced and closed, and only then does the process end; whoever waits for it
+(`imagofs umount`) is told what was lost, if anything was.
+
+The daemon never touches its own mountpoint: nobody would answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import signal
+import stat
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final
+
+from .cli.options import MountOptions
+from .errors import ImagofsError, OutOfRangeError, StorageError
+from .fuse import mounts
+
+if TYPE_CHECKING:
+    import trio
+
+    from .access import FormatAccess
+    from .fuse.control import ControlSocket
+    from .fuse.operations import Shown
+    from .fuse.session import Session
+
+__all__ = ["mount"]
+
+log = logging.getLogger("imagofs")
+
+_READY: Final = b"\0"
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_PR_SET_IO_FLUSHER = 57
+_OOM_SCORE = -900
+
+
+def mount(
+    image: str,
+    mountpoint: str,
+    options: MountOptions,
+    *,
+    foreground: bool = False,
+    verbosity: int = 0,
+) -> int:
+    """Mount an image.
+
+    Args:
+        image: Its path.
+        mountpoint: A directory, or a regular file that becomes the disk itself.
+        options: What `-o` asked for.
+        foreground: Serve in this process, and log to stderr, instead of in the background.
+        verbosity: 0: log failures and what changes; 1: more; 2: everything.
+
+    Returns:
+        The exit code. In the background: 0 once the mount answers.
+
+    Raises:
+        ImagofsError: It failed before the mount answered (in the foreground).
+    """
+    daemon = _Daemon(os.path.abspath(image), mountpoint, options)
+    if foreground:
+        _log_to_stderr(verbosity)
+        return daemon.run(lambda: log.info("%s: mounted", daemon.point))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return _wait_until_ready(reader, child)
+    os.close(reader)
+    code = 1
+    try:
+        code = _run_in_background(daemon, writer, verbosity)
+    finally:
+        os._exit(code)
+
+
+def _wait_until_ready(reader: int, child: int) -> int:
+    """In the parent: wait for the line from the child."""
+    try:
+        with open(reader, "rb") as pipe:
+            line = pipe.read()
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    if line == _READY:
+        return 0
+    _, status = os.waitpid(child, 0)
+    if not line:
+        code = os.waitstatus_to_exitcode(status)
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        line = f"the daemon {how} before the mount answered".encode()
+    from .cli import report
+
+    report(os.fsdecode(line))
+    return 1
+
+
+def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
+    """In the child: become a daemon, and report to the parent through `writer`."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    open_pipe = True
+
+    def ready() -> None:
+        nonlocal open_pipe
+        _log_to_syslog(verbosity)
+        os.dup2(null, 2)
+        open_pipe = False
+        try:
+            os.write(writer, _READY)
+        except BrokenPipeError:
+            # Whoever gave the command has gone, and will not know of the mount.
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.close(writer)
+
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        return daemon.run(ready)
+    except ImagofsError as error:
+        line = str(error)
+    except Exception as error:
+        if not open_pipe:
+            log.critical("%s: the daemon ends: %r", daemon.point, error, exc_info=error)
+            return 1
+        line = f"{daemon.image}: {type(error).__name__}: {error}"
+    if open_pipe:
+        os.write(writer, os.fsencode(line))
+    else:
+        log.error("%s", line)
+    return 1
+
+
+class _Daemon:
+    """What serves one mount.
+
+    Args:
+        image: The image's absolute path.
+        mountpoint: As it was given.
+        options: What `-o` asked for.
+    """
+
+    def __init__(self, image: str, mountpoint: str, options: MountOptions) -> None:
+        self.image = image
+        self.options = options
+        self.point = mounts.real_path(mountpoint)
+        self._is_file = False
+
+    def run(self, ready: Callable[[], None]) -> int:
+        """Open, mount, serve, flush.
+
+        Args:
+            ready: Called once the mount answers.
+
+        Returns:
+            The exit code: 0, or 1 if something was lost.
+
+        Raises:
+            ImagofsError: Something failed before the mount answered; nothing is mounted.
+        """
+        self._is_file = prepare_mountpoint(self.point)
+        if self._is_file and self.options.name is not None:
+            raise OutOfRangeError(
+                "the mountpoint is a file, and name= is for directories", filename=self.point
+            )
+        _prepare_process(writable=self.options.writable)
+        import trio
+
+        return trio.run(self._run, ready)
+
+    async def _run(self, ready: Callable[[], None]) -> int:
+        import trio
+
+        access = await self._open()
+        # Also while the end is written, nothing but SIGKILL ends the process early.
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            try:
+                session = self._mount(access)
+            except BaseException:
+                await access.close()
+                raise
+            control = self._listen(session)
+            gc.collect()
+            gc.freeze()  # what is there now stays: no collection needs to look at it again
+            lost = "the daemon failed"
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._obey, signals, session, nursery)
+                    await session.serve(ready)
+                    nursery.cancel_scope.cancel()
+            finally:
+                try:
+                    lost = await self._finish(access)
+                finally:
+                    if control is not None:
+                        control.end(lost)
+        return 1 if lost else 0
+
+    async def _open(self) -> FormatAccess:
+        from . import gate as gates
+        from .opening import open_image
+
+        options = self.options
+        gate: gates.ImplicitOpenGate = gates.PermissiveImplicitOpenGate()
+        if options.deny:
+            gate = gates.DenyImplicitOpenGate()
+        elif options.allow:
+            try:
+                gate = gates.AllowDirectories(options.allow)
+            except OSError as error:
+                raise StorageError.of("allow this directory", error, error.filename) from error
+        return await open_image(
+            self.image,
+            writable=options.writable,
+            format=options.format,
+            gate=gate,
+            lock=options.lock,
+            snapshot=options.snapshot,
+            metadata_bytes=options.metadata_bytes,
+            inflated_bytes=options.inflated_bytes,
+        )
+
+    def _mount(self, access: FormatAccess) -> Session:
+        from .fuse.disk import Disk
+        from .fuse.session import Session, SessionOptions
+
+        options = self.options
+        disk = Disk(access, writable=options.writable, writeback=options.writeback)
+        session = Session(
+            disk,
+            SessionOptions(
+                point=self.point,
+                source=options.fsname or self.image,
+                shown=self._shown(disk.image_status()),
+                allow_other=options.allow_other,
+                channel=options.channel,
+                kernel=options.kernel,
+            ),
+        )
+        session.mount()
+        return session
+
+    def _shown(self, image: os.stat_result) -> Shown:
+        """How the file appears: as the image, but never without use for who mounted it."""
+        from .fuse.operations import Shown
+
+        options = self.options
+        user = os.geteuid()
+        own = 0o600 if options.writable else 0o400
+        mode = image.st_mode & 0o666 | own if options.mode is None else options.mode
+        name = options.name or default_name(self.image)
+        return Shown(
+            name=None if self._is_file else os.fsencode(name),
+            uid=(user or image.st_uid) if options.uid is None else options.uid,
+            gid=image.st_gid if options.gid is None else options.gid,
+            mode=mode if options.writable else mode & 0o555,
+            direct_io=options.direct_io,
+        )
+
+    def _listen(self, session: Session) -> ControlSocket | None:
+        from .fuse.control import ControlSocket
+
+        if session.device is None:
+            return None
+        try:
+            return ControlSocket(session.device)
+        except OSError as error:
+            log.warning("%s: 'imagofs umount' will not find the daemon: %s", self.point, error)
+            return None
+
+    async def _obey(
+        self, signals: AsyncIterator[int], session: Session, nursery: trio.Nursery
+    ) -> None:
+        asked = False
+        async for number in signals:
+            if number == signal.SIGUSR1:
+                log.info("%s: %s", self.point, session.statistics())
+            elif number in (signal.SIGTERM, signal.SIGINT):
+                if asked:
+                    log.warning("%s: asked twice to end: not waiting for its users", self.point)
+                    session.stop()
+                else:
+                    asked = True
+                    nursery.start_soon(self._end, session)
+
+    async def _end(self, session: Session) -> None:
+        """Take the mount away; the session ends with its last user."""
+        import trio
+
+        users = await trio.to_thread.run_sync(mounts.users, self.point)
+        if users:
+            log.warning("%s: still used by %s: ends with the last of them", self.point, users)
+        if not await session.detach():
+            session.stop()
+
+    async def _finish(self, access: FormatAccess) -> str:
+        """Bring everything to the disk.
+
+        Returns:
+            What was lost; empty if nothing.
+        """
+        try:
+            await access.close()
+        except Exception as error:
+            reason = str(error) if isinstance(error, ImagofsError) else f"{self.image}: {error!r}"
+            lost = f"{reason}; what was written since the last successful sync may be lost"
+            log.critical("%s", lost)
+            return lost
+        log.info("%s: unmounted, everything is on the disk", self.point)
+        return ""
+
+
+def prepare_mountpoint(point: str) -> bool:
+    """See that something can be mounted at `point`; clear a mount that lost its daemon.
+
+    Returns:
+        True if it is a regular file, False if it is a directory.
+
+    Raises:
+        StorageError: It is missing, in use, or something else.
+    """
+    try:
+        while (mount := mounts.find_at(point)) is not None and mount.fstype == mounts.FSTYPE:
+            if not mounts.is_dead(point):
+                raise StorageError(
+                    f"{mount.source} is mounted here already; 'imagofs umount' it first",
+                    error=errno.EBUSY,
+                    filename=point,
+                )
+            mounts.detach(point)
+            log.warning("%s: cleared what a daemon that is gone had left mounted", point)
+        kind = os.stat(point).st_mode
+    except StorageError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.ENOENT:
+            reason += "; make a directory or a file there first"
+        elif error.errno == errno.ENOTCONN:
+            reason += ": unmount what is mounted there first"
+        raise StorageError(
+            f"cannot mount here: {reason}", error=error.errno or errno.EIO, filename=point
+        ) from error
+    if not stat.S_ISDIR(kind) and not stat.S_ISREG(kind):
+        raise StorageError(
+            "cannot mount here: neither a directory nor a regular file",
+            error=errno.ENOTDIR,
+            filename=point,
+        )
+    return stat.S_ISREG(kind)
+
+
+def default_name(image: str) -> str:
+    """The disk's name in a directory mount: the image's, with `.raw` for its extension."""
+    return os.path.splitext(os.path.basename(image))[0] + ".raw"
+
+
+def _prepare_process(*, writable: bool) -> None:
+    """Keep going when memory runs short: others wait for this process to write theirs back."""
+    if writable:
+        import ctypes
+
+        # Fails without CAP_SYS_RESOURCE; threads that start later inherit it.
+        ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    try:
+        with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
+            file.write(b"%d" % _OOM_SCORE)
+    except OSError as error:
+        log.debug("the OOM score stays as it is: %s", error)
+
+
+def _log_to_stderr(verbosity: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("imagofs: %(message)s"))
+    _log_to(handler, verbosity)
+
+
+def _log_to_syslog(verbosity: int) -> None:
+    import syslog
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            for least, priority in (
+                (logging.CRITICAL, syslog.LOG_CRIT),
+                (logging.ERROR, syslog.LOG_ERR),
+                (logging.WARNING, syslog.LOG_WARNING),
+                (logging.INFO, syslog.LOG_INFO),
+                (0, syslog.LOG_DEBUG),
+            ):
+                if record.levelno >= least:
+                    syslog.syslog(priority, self.format(record).replace("\0", ""))
+                    break
+
+    syslog.openlog("imagofs", syslog.LOG_PID, syslog.LOG_DAEMON)
+    _log_to(Handler(), verbosity)
+
+
+def _log_to(handler: logging.Handler, verbosity: int) -> None:
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if verbosity >= 2 else logging.INFO)
+    log.setLevel(logging.DEBUG if verbosity else logging.INFO)
+    # It calls a reply to a request that was aborted meanwhile an error.
+    logging.getLogger("pyfuse3").setLevel(logging.NOTSET if verbosity >= 2 else logging.CRITICAL)

@@ -1,0 +1,483 @@
+"""The data channel: what stands between the kernel's /dev/fuse and pyfuse3's session.
+
+The channel keeps the real descriptor and puts one end of a socket pair where pyfuse3 reads its
+session. It answers READ, WRITE, FLUSH, FSYNC, LSEEK, FALLOCATE and COPY_FILE_RANGE by itself,
+passes every other request on through the socket, and writes what pyfuse3 replies there to the
+kernel.
+
+Rules that live here:
+
+- `Channel._drain` is a plain function: it answers requests in a burst, each with one read of the
+  descriptor, one `read_nowait` or `write_nowait` of the image and one write, and never waits for
+  the image. What cannot be answered like this becomes a task of its own, with its own buffer: a
+  WRITE that waits takes the receive buffer with it.
+- Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
+- What is under way at pyfuse3 is bounded, so that neither end of the socket ever fills: pyfuse3's
+  end blocks, and would block the whole process with it. The rest queues here.
+- An interrupted request is finished as if it had not been, as a disk does it.
+- Nothing is answered with ENOSYS: the kernel would not ask again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import trio
+
+from . import protocol
+from .buffers import BufferPool, ChannelStatistics
+from .disk import Disk
+from .errors import FailureLog
+from .protocol import (
+    MAX_WRITE,
+    OUT_HEADER_SIZE,
+    READ,
+    REQUEST_SIZE,
+    WRITE,
+    WRITE_DATA_OFFSET,
+    error_reply,
+)
+
+__all__ = ["Channel"]
+
+log = logging.getLogger(__name__)
+
+#: Work that one burst may do before others get a turn: a request counts 1, and 1 for each 128 KiB.
+_BUDGET = 64
+_BUDGET_SHIFT = 17
+#: Tasks that may wait at the same time, and the bytes of their buffers.
+_TASK_LIMIT = 512
+_TASK_BYTES = 32 << 20
+#: A message with less data than this is copied or gets a small buffer when it has to wait.
+_SMALL_BYTES = 32 << 10
+_SPARE_BUFFERS = 4
+#: Bytes that the replies of pyfuse3 that are under way may have, and what a small one counts.
+_FORWARD_BYTES = 96 << 10
+_FORWARD_LEAST = 1536
+_SOCKET_BYTES = 1 << 20
+#: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
+#: without giving up the thread, while no task is waiting (milliseconds).
+_SPIN = 12
+_SLEEP_MILLISECONDS = 2
+
+# What a burst ended with.
+_IDLE: Final = 0  # nothing more to read now
+_MORE: Final = 1  # its budget is used up
+_FULL: Final = 2  # too much is waiting
+_GONE: Final = 3  # the kernel ended the connection
+
+#: Errors of a read that say that the connection is gone.
+_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED})
+#: Errors of a read after which the next one is tried: a signal, an aborted request.
+_TRANSIENT = frozenset({errno.EINTR, errno.ENOENT})
+
+
+class Channel:
+    """The channel of one mount.
+
+    Args:
+        session_fd: pyfuse3's session descriptor, an open /dev/fuse. The channel takes its place
+            until `give_back`.
+        disk: The file that the mount shows.
+        inode: Its inode number.
+        amendments: What to change in INIT's reply.
+        open_flags: FOPEN_* flags to add to OPEN's replies.
+        negotiated: Called with the features once INIT was answered: the mount answers from then on.
+    """
+
+    def __init__(
+        self,
+        session_fd: int,
+        disk: Disk,
+        *,
+        inode: int,
+        amendments: protocol.Amendments,
+        open_flags: int,
+        negotiated: Callable[[int], None],
+    ) -> None:
+        self.statistics = ChannelStatistics()
+        self._disk = disk
+        self._inode = inode
+        self._amendments = amendments
+        self._open_flags = open_flags
+        self._negotiated = negotiated
+        self._failures = FailureLog(log)
+
+        self._session_fd = session_fd
+        self._fd = os.dup(session_fd)
+        os.set_blocking(self._fd, False)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            for end in (self._socket, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
+            os.dup2(theirs.fileno(), session_fd, inheritable=False)
+        self._socket.setblocking(False)
+
+        self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, _SPARE_BUFFERS)
+        self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
+        self._request = self._requests.take()
+        self._reply_buffer = self._replies.take()
+        self._tasks = 0
+        self._task_bytes = 0
+        self._room = trio.lowlevel.ParkingLot()
+        # Its own: those threads wait for WRITEs, which may wait for threads of the default one.
+        self._launderers = trio.CapacityLimiter(8)
+        # What is under way at pyfuse3: bytes that each reply may have, what to amend, who queues.
+        self._reserved: dict[int, int] = {}
+        self._reserved_bytes = 0
+        self._replied = trio.lowlevel.ParkingLot()
+        self._amend: dict[int, int] = {}
+        self._offered = 0
+        self._queue: deque[tuple[bytes, int]] = deque()
+        disk.launder = self._launder
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Answer requests until the kernel ends the connection, or `stop` is called.
+
+        Every request that was read is answered before it returns, those at pyfuse3 included.
+        """
+        self._scope = trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            with self._scope:
+                while (outcome := self._drain()) != _GONE:
+                    if outcome == _IDLE:
+                        await trio.lowlevel.wait_readable(self._fd)
+                    elif outcome == _FULL:
+                        await self._room.park()
+                    else:
+                        await trio.lowlevel.checkpoint()
+        while self._reserved or self._queue:
+            await self._replied.park()
+
+    def stop(self) -> None:
+        """Read no further request."""
+        self._scope.cancel()
+
+    def _is_full(self) -> bool:
+        return self._tasks >= _TASK_LIMIT or self._task_bytes >= _TASK_BYTES
+
+    def _drain(self) -> int:
+        """Answer requests until there are none, or others should get a turn."""
+        if self._is_full():
+            return _FULL
+        # Every attribute that is looked up once more per request can be measured here.
+        fd = self._fd
+        readv, write = os.readv, os.write
+        unpack, pack = protocol.DATA_IN.unpack_from, protocol.OUT_HEADER.pack_into
+        written_reply = protocol.written_reply
+        read_nowait = self._disk.access.read_nowait
+        write_nowait = self._disk.access.write_nowait
+        disk_size = self._disk.size
+        writable = self._disk.writable
+        reply = self._reply_buffer
+        request = self._request
+        view = request.view
+        vector = (view,)
+        reads = read_bytes = writes = write_bytes = 0
+        spins = 0
+        budget = _BUDGET
+        try:
+            while budget > 0:
+                try:
+                    length = readv(fd, vector)
+                except BlockingIOError:
+                    if self._tasks or self._reserved:
+                        return _IDLE
+                    spins += 1
+                    if spins > _SPIN:
+                        if not self._poll.poll(_SLEEP_MILLISECONDS):
+                            return _IDLE
+                        budget -= 1
+                    continue
+                except OSError as error:
+                    if error.errno in _ENDED:
+                        return _GONE
+                    if error.errno not in _TRANSIENT:
+                        raise
+                    budget -= 1
+                    continue
+                spins = 0
+                budget -= 1
+                _, opcode, unique, _, offset, size = unpack(view)
+                if opcode == READ:
+                    if offset + size > disk_size:
+                        size = self._disk.clip(offset, size)
+                    data, message = reply.slices.get(size) or reply.slice(size)
+                    try:
+                        done = not size or read_nowait(data, offset)
+                    except Exception as error:
+                        self._fail(unique, error, "read", offset, size)
+                        continue
+                    if done:
+                        pack(message, 0, OUT_HEADER_SIZE + size, 0, unique)
+                        try:
+                            write(fd, message)
+                        except OSError as error:
+                            self._unanswered(error)
+                        reads += 1
+                        read_bytes += size
+                        budget -= size >> _BUDGET_SHIFT
+                        continue
+                    self._start(unique, ("read", offset, size), size, self._read, offset, size)
+                elif opcode == WRITE:
+                    data, message = request.slices.get(size) or request.slice(size)
+                    try:
+                        done = (
+                            writable and offset + size <= disk_size and write_nowait(data, offset)
+                        )
+                    except Exception as error:
+                        self._fail(unique, error, "write", offset, size)
+                        continue
+                    if done:
+                        try:
+                            write(fd, written_reply(unique, size))
+                        except OSError as error:
+                            self._unanswered(error)
+                        writes += 1
+                        write_bytes += size
+                        budget -= size >> _BUDGET_SHIFT
+                        continue
+                    self._write_later(unique, data, offset)
+                    request = self._request
+                    view = request.view
+                    vector = (view,)
+                else:
+                    self._dispatch(opcode, unique, view[:length])
+                if self._is_full():
+                    return _FULL
+        finally:
+            statistics = self.statistics
+            statistics.reads += reads
+            statistics.read_bytes += read_bytes
+            statistics.writes += writes
+            statistics.write_bytes += write_bytes
+        return _MORE
+
+    def _dispatch(self, opcode: int, unique: int, request: memoryview) -> None:
+        """Answer, start or pass on what is neither READ nor WRITE."""
+        body = protocol.IN_HEADER_SIZE
+        start = self._start
+        match opcode:
+            case protocol.FLUSH:
+                start(unique, ("flush",), 0, self._flush)
+            case protocol.FSYNC:
+                start(unique, ("sync",), 0, self._sync)
+            case protocol.LSEEK:
+                offset, whence = protocol.LSEEK_IN.unpack_from(request, body)
+                start(unique, ("seek", offset), 0, self._seek, offset, whence)
+            case protocol.FALLOCATE:
+                offset, length, mode = protocol.FALLOCATE_IN.unpack_from(request, body)
+                action = ("allocate or discard", offset, length)
+                start(unique, action, 0, self._allocate, mode, offset, length)
+            case protocol.COPY_FILE_RANGE | protocol.COPY_FILE_RANGE_64:
+                source, target, length = protocol.COPY_FILE_RANGE_IN.unpack_from(request, body)
+                wide = opcode == protocol.COPY_FILE_RANGE_64
+                action = ("copy", source, length)
+                start(unique, action, 1 << 20, self._copy, source, target, length, wide)
+            case protocol.INTERRUPT | protocol.FORGET | protocol.BATCH_FORGET:
+                pass  # none of them has a reply, and the two inodes are never forgotten
+            case _:
+                self._forward(opcode, unique, request)
+
+    # --- tasks --------------------------------------------------------------------------------
+
+    def _start(
+        self,
+        unique: int,
+        action: tuple[Any, ...],
+        held_bytes: int,
+        work: Callable[..., Awaitable[None]],
+        *arguments: Any,
+    ) -> None:
+        """Start a task for a request that may wait; `held_bytes` is the size of its buffer."""
+        self._tasks += 1
+        self._task_bytes += held_bytes
+        self._nursery.start_soon(self._run, unique, action, held_bytes, work, arguments)
+
+    async def _run(
+        self,
+        unique: int,
+        action: tuple[Any, ...],
+        held_bytes: int,
+        work: Callable[..., Awaitable[None]],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        try:
+            await work(unique, *arguments)
+        except Exception as error:
+            self._fail(unique, error, *action)
+        finally:
+            self._tasks -= 1
+            self._task_bytes -= held_bytes
+            self._room.unpark_all()
+
+    def _fail(
+        self, unique: int, error: Exception, what: str, offset: int = -1, size: int = -1
+    ) -> None:
+        """Answer a request with an error."""
+        place = "" if offset < 0 else f" at {offset}" if size < 0 else f" {size} bytes at {offset}"
+        self._reply(error_reply(unique, self._failures.answer(error, f"{what}{place}")))
+
+    def _reply(self, message: bytes | memoryview) -> None:
+        try:
+            os.write(self._fd, message)
+        except OSError as error:
+            self._unanswered(error)
+
+    def _unanswered(self, error: OSError) -> None:
+        # ENOENT: the request was aborted; the others: the connection is gone.
+        if error.errno != errno.ENOENT and error.errno not in _ENDED:
+            log.error("cannot answer a request: %s", error)
+
+    async def _read(self, unique: int, offset: int, size: int) -> None:
+        pooled = None if size <= _SMALL_BYTES else self._replies.take()
+        try:
+            if pooled is None:
+                message = memoryview(bytearray(OUT_HEADER_SIZE + size))
+                data = message[OUT_HEADER_SIZE:]
+            else:
+                data, message = pooled.slice(size)
+            await self._disk.access.readv((data,), offset)
+            protocol.OUT_HEADER.pack_into(message, 0, len(message), 0, unique)
+            self._reply(message)
+            self.statistics.reads += 1
+            self.statistics.slow_reads += 1
+            self.statistics.read_bytes += size
+        finally:
+            if pooled is not None:
+                self._replies.give_back(pooled)
+
+    def _write_later(self, unique: int, data: memoryview, offset: int) -> None:
+        """Start a task for a WRITE whose data are in the receive buffer."""
+        size = len(data)
+        action = ("write", offset, size)
+        if size <= _SMALL_BYTES:
+            copied = memoryview(bytes(data))
+            self._start(unique, action, size, self._write, copied, offset, None)
+        else:
+            taken, self._request = self._request, self._requests.take()
+            self._start(unique, action, REQUEST_SIZE, self._write, data, offset, taken)
+
+    async def _write(self, unique: int, data: memoryview, offset: int, taken: Any) -> None:
+        try:
+            written = await self._disk.write(data, offset)
+            self._reply(protocol.written_reply(unique, written))
+            self.statistics.writes += 1
+            self.statistics.slow_writes += 1
+            self.statistics.write_bytes += written
+        finally:
+            if taken is not None:
+                self._requests.give_back(taken)
+
+    async def _flush(self, unique: int) -> None:
+        await self._disk.flush()
+        self._done(error_reply(unique, 0))
+
+    async def _sync(self, unique: int) -> None:
+        await self._disk.sync()
+        self._done(error_reply(unique, 0))
+
+    async def _seek(self, unique: int, offset: int, whence: int) -> None:
+        self._done(protocol.offset_reply(unique, await self._disk.seek(offset, whence)))
+
+    async def _allocate(self, unique: int, mode: int, offset: int, length: int) -> None:
+        await self._disk.allocate(mode, offset, length)
+        self._done(error_reply(unique, 0))
+
+    async def _copy(self, unique: int, source: int, target: int, length: int, wide: bool) -> None:
+        copied = await self._disk.copy(source, target, length)
+        self._done(protocol.copied_reply(unique, copied, wide=wide))
+
+    def _done(self, message: bytes) -> None:
+        self.statistics.others += 1
+        self._reply(message)
+
+    async def _launder(self, guest_offset: int, length: int) -> None:
+        """Make the kernel write back and drop its pages of a range.
+
+        From a thread: it waits until those WRITEs are answered.
+        """
+        notification = protocol.invalidate_inode(self._inode, guest_offset, length)
+        await trio.to_thread.run_sync(os.write, self._fd, notification, limiter=self._launderers)
+
+    # --- pyfuse3's half -------------------------------------------------------------------------
+
+    def _forward(self, opcode: int, unique: int, request: memoryview) -> None:
+        """Pass a request on to pyfuse3, or queue it."""
+        self.statistics.forwarded += 1
+        if opcode == protocol.INIT:
+            self._offered = protocol.offered_features(request)
+            self._amend[unique] = opcode
+        elif opcode == protocol.OPEN and self._open_flags:
+            self._amend[unique] = opcode
+        if self._queue or not self._send(request, unique):
+            self._queue.append((bytes(request), unique))
+
+    def _send(self, request: memoryview | bytes, unique: int) -> bool:
+        """Give pyfuse3 a request, if the replies that are under way leave room for its own."""
+        room = max(_FORWARD_LEAST, protocol.reply_limit(request))
+        if self._reserved and self._reserved_bytes + room > _FORWARD_BYTES:
+            return False
+        try:
+            self._socket.send(request)
+        except OSError as error:
+            # Larger than a message can be; the socket has room for what fits the bound.
+            self._fail(unique, error, "pass on a request")
+            self._amend.pop(unique, None)
+            return True
+        self._reserved[unique] = room
+        self._reserved_bytes += room
+        return True
+
+    async def pass_replies(self) -> None:
+        """Write pyfuse3's replies to the kernel, until the socket is shut."""
+        buffer = memoryview(bytearray(_SOCKET_BYTES))
+        while True:
+            try:
+                length = self._socket.recv_into(buffer)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                continue
+            if not length:
+                return
+            self._pass_reply(buffer[:length])
+            while self._queue and self._send(*self._queue[0]):
+                self._queue.popleft()
+            self._replied.unpark_all()
+
+    def _pass_reply(self, reply: memoryview) -> None:
+        _, _, unique = protocol.OUT_HEADER.unpack_from(reply)
+        self._reserved_bytes -= self._reserved.pop(unique, 0)
+        features = 0
+        match self._amend.pop(unique, None):
+            case protocol.INIT:
+                features = protocol.amend_init(reply, self._offered, self._amendments)
+            case protocol.OPEN:
+                protocol.amend_open(reply, self._open_flags)
+        self._reply(reply)
+        if features:
+            self._negotiated(features)
+
+    def shut(self) -> None:
+        """Tell pyfuse3's loop that nothing more comes. Call `pyfuse3.terminate` first."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def give_back(self) -> None:
+        """Put the real descriptor back where pyfuse3 reads, once its loop has ended."""
+        self._disk.launder = None
+        os.dup2(self._fd, self._session_fd, inheritable=False)
+        os.close(self._fd)
+        self._socket.close()

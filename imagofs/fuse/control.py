@@ -1,0 +1,128 @@
+"""How `imagofs umount` finds the daemon of a mount, waits for it, and hears how it ended.
+
+The daemon listens on a socket in the abstract namespace whose name is made of the mounted file
+system's device number, which is in the table of mounts: the mount itself is never touched, root
+needs no access to it, and nothing is left in the file system. Who connects is told nothing until
+the end; then it gets one message: empty, or what was lost.
+
+Only root and the user who mounted are let in, and a client believes only a daemon of root's or of
+that user.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from typing import Self
+
+__all__ = ["Connection", "ControlSocket", "EndedEarly"]
+
+_CREDENTIALS = struct.Struct("=iII")  # process, user, group
+_MESSAGE_BYTES = 4096
+_CONNECT_SECONDS = 5.0
+
+
+def _name(device: str) -> str:
+    return f"\0imagofs/{device}"
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user ID at the other end."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(data)
+    return process, user
+
+
+class ControlSocket:
+    """The daemon's end.
+
+    Args:
+        device: "major:minor" of the mounted file system.
+
+    Raises:
+        OSError: The name is taken, or sockets are not allowed.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.bind(_name(device))
+            self._socket.listen(64)
+            self._socket.setblocking(False)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def end(self, lost: str) -> None:
+        """Tell everybody how it ended, and close. A plain function: clients wait in the backlog.
+
+        Args:
+            lost: What was lost; empty if nothing.
+        """
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                break
+            with client:
+                if _peer(client)[1] in (0, os.geteuid()):
+                    try:
+                        client.send(b"\0" + os.fsencode(lost)[: _MESSAGE_BYTES - 1])
+                    except OSError:  # it did not wait
+                        pass
+        self._socket.close()
+
+
+class EndedEarly(Exception):
+    """The daemon ended without a word: it crashed or was killed."""
+
+
+class Connection:
+    """A client's end. Use as a context manager.
+
+    Args:
+        device: "major:minor" of the mounted file system.
+        owner: User ID of the user who mounted it.
+
+    Raises:
+        OSError: No daemon of that user, or of root, listens.
+    """
+
+    def __init__(self, device: str, owner: int) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.settimeout(_CONNECT_SECONDS)
+            self._socket.connect(_name(device))
+            self._socket.settimeout(None)
+            #: The daemon's process ID, as seen from here.
+            self.process, user = _peer(self._socket)
+            if user not in (0, owner):
+                raise ConnectionRefusedError(f"user {user} listens for the daemon of {owner}")
+            self._process_fd = os.pidfd_open(self.process)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def wait(self) -> str:
+        """Wait until the daemon has ended.
+
+        Returns:
+            What was lost; empty if nothing.
+
+        Raises:
+            EndedEarly: It did not say.
+        """
+        message = self._socket.recv(_MESSAGE_BYTES)
+        select.select([self._process_fd], [], [])
+        if not message:
+            raise EndedEarly
+        return os.fsdecode(message[1:])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._process_fd)
+        self._socket.close()

@@ -1,0 +1,331 @@
+"""The file that a mount shows: what each request means for the image behind it.
+
+Both ways that requests come in, pyfuse3's handlers and the data channel, end here, so that they
+cannot differ. Methods raise `Refusal` with the errno where that is simply the answer, and whatever
+the image raises where something failed.
+
+**Holes and dirty pages.** SEEK_DATA and SEEK_HOLE are answered from the mapping of the whole chain,
+but the kernel may hold pages that were changed through a shared mmap, or under `writeback`, and not
+written back yet; it does not do so before it asks. So while any handle is open for writing, or
+`writeback` is on, a range is called a hole only after the kernel was told to write back and drop
+its pages of that range (`launder`) and the mapping was looked up again. Where that cannot be asked
+(without the data channel) the question does not arrive either.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ..mapping import ZeroMapping
+from .errors import Refusal
+
+if TYPE_CHECKING:
+    from ..access import FormatAccess
+
+__all__ = ["Disk"]
+
+KEEP_SIZE: Final = 1
+PUNCH_HOLE: Final = 2
+ZERO_RANGE: Final = 16
+
+#: A COPY_FILE_RANGE copies this much at most, so that it can be interrupted; the caller asks again.
+_COPY_LIMIT = 16 << 20
+_COPY_CHUNK = 1 << 20
+_LOOKUPS_PER_TURN = 64
+_SEEK_ATTEMPTS = 16
+
+Launder = Callable[[int, int], Awaitable[None]]
+
+
+class Disk:
+    """An open image as the one file of a mount.
+
+    Args:
+        access: The image.
+        writable: Whether the mount is; needs a writable image.
+        writeback: Whether the kernel keeps written pages back (`-o writeback`).
+    """
+
+    def __init__(self, access: FormatAccess, *, writable: bool, writeback: bool = False) -> None:
+        self.access = access
+        self.writable = writable
+        self.writeback = writeback and writable
+        #: Makes the kernel write back and drop its pages of (guest_offset, length).
+        self.launder: Launder | None = None
+        self._handles = count(1)
+        self._writing_handles: set[int] = set()
+        self._writes: set[int] = set()
+        self._write_tickets = count()
+        self._write_ended = trio.lowlevel.ParkingLot()
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        return self.access.size()
+
+    def blocks(self) -> int:
+        """Allocated space in blocks of 512 bytes, never more than a file without holes has."""
+        return min(self.access.allocated_bytes() // 512, -(-self.size // 512))
+
+    def image_status(self) -> os.stat_result:
+        """fstat(2) of the top image's file; zeroes where it has none."""
+        fileno = getattr(self.access.driver.storages[0], "fileno", None)
+        return os.stat_result((0,) * 10) if fileno is None else os.fstat(fileno())
+
+    # --- handles ------------------------------------------------------------------------------
+
+    def open(self, flags: int) -> int:
+        """A new handle for open(2) with `flags`.
+
+        Raises:
+            Refusal: EROFS, for writing on a read-only mount.
+        """
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        if writes and not self.writable:
+            raise Refusal(errno.EROFS)
+        handle = next(self._handles)
+        if writes:
+            self._writing_handles.add(handle)
+        return handle
+
+    def release(self, handle: int) -> None:
+        """Forget a handle."""
+        self._writing_handles.discard(handle)
+
+    @property
+    def may_have_dirty_pages(self) -> bool:
+        """Whether the kernel may hold pages that were changed and not written back."""
+        return self.writeback or bool(self._writing_handles)
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def clip(self, guest_offset: int, length: int) -> int:
+        """Bytes of a read that lie before the end."""
+        return max(0, min(length, self.size - guest_offset))
+
+    async def read(self, view: memoryview, guest_offset: int) -> None:
+        """Fill `view`, whose range was clipped."""
+        if view.nbytes and not self.access.read_nowait(view, guest_offset):
+            await self.access.readv((view,), guest_offset)
+
+    async def write(self, view: memoryview, guest_offset: int) -> int:
+        """Write `view`; what lies past the end is left out, as on a block device.
+
+        Returns:
+            Bytes written, above zero.
+
+        Raises:
+            Refusal: EROFS, or ENOSPC for a write that begins at or past the end.
+        """
+        self.check_writable()
+        length = self.clip(guest_offset, view.nbytes)
+        if not length:
+            if not view.nbytes:
+                return 0
+            raise Refusal(errno.ENOSPC)
+        ticket = next(self._write_tickets)
+        self._writes.add(ticket)
+        try:
+            await self.access.writev((view[:length],), guest_offset)
+        finally:
+            self._writes.discard(ticket)
+            self._write_ended.unpark_all()
+        return length
+
+    async def flush(self) -> None:
+        """What close(2) waits for: everything is in the image file, metadata included."""
+        if self.writable:
+            await self.access.flush()
+
+    async def sync(self) -> None:
+        """What fsync(2) waits for: everything is durable."""
+        if self.writable:
+            await self.access.sync()
+
+    async def truncate(self, size: int, *, by_name: bool) -> None:
+        """Answer a request to set the size in bytes.
+
+        A disk does not shrink here. open(2) with O_TRUNC, which cannot be told from truncate(2)
+        to 0 bytes (`by_name`), leaves it alone, as it does with a block device.
+
+        Raises:
+            Refusal: EROFS, or EPERM for a smaller size.
+        """
+        self.check_writable()
+        current = self.size
+        if size > current:
+            await self.access.resize(size)
+        elif size < current and not (by_name and size == 0):
+            raise Refusal(errno.EPERM)
+
+    def check_writable(self) -> None:
+        """Raise Refusal (EROFS) on a read-only mount."""
+        if not self.writable:
+            raise Refusal(errno.EROFS)
+
+    # --- holes --------------------------------------------------------------------------------
+
+    async def seek(self, guest_offset: int, whence: int) -> int:
+        """Answer SEEK_DATA or SEEK_HOLE; see the module's text about dirty pages.
+
+        Raises:
+            Refusal: ENXIO at or past the end, or where no data follow.
+        """
+        size = self.size
+        if not 0 <= guest_offset < size:
+            raise Refusal(errno.ENXIO)
+        if whence == os.SEEK_DATA:
+            found = await self._seek_data(guest_offset, size)
+            if found >= size:
+                raise Refusal(errno.ENXIO)
+            return found
+        if whence == os.SEEK_HOLE:
+            return await self._seek_hole(guest_offset, size)
+        raise Refusal(errno.EINVAL)
+
+    async def _seek_data(self, guest_offset: int, size: int) -> int:
+        found = await self._next_data(guest_offset, size)
+        if found > guest_offset and self.may_have_dirty_pages:
+            if not await self._launder(guest_offset, found - guest_offset):
+                return guest_offset
+            # Only up to `found` nothing is dirty any more.
+            found = min(found, await self._next_data(guest_offset, size))
+        return found
+
+    async def _seek_hole(self, guest_offset: int, size: int) -> int:
+        position = guest_offset
+        for _ in range(_SEEK_ATTEMPTS):
+            start, end = await self._next_hole(position, size)
+            if start == size or not self.may_have_dirty_pages:
+                return start
+            if not await self._launder(start, end - start):
+                return size
+            position, until = await self._next_hole(start, size)
+            if position < min(until, end):
+                return position
+        return size  # written to all the time: everything counts as data
+
+    async def _next_data(self, guest_offset: int, size: int) -> int:
+        """Where data begin at or after `guest_offset`; `size` if there are none."""
+        lookups = 0
+        while guest_offset < size:
+            mapping = await self.access.get_mapping(guest_offset, size - guest_offset)
+            if not isinstance(mapping, ZeroMapping):
+                break
+            guest_offset += mapping.length
+            lookups = await _breathe(lookups)
+        return guest_offset
+
+    async def _next_hole(self, guest_offset: int, size: int) -> tuple[int, int]:
+        """Start and end of the first (part of a) hole at or after `guest_offset`."""
+        lookups = 0
+        while guest_offset < size:
+            mapping = await self.access.get_mapping(guest_offset, size - guest_offset)
+            if isinstance(mapping, ZeroMapping):
+                return guest_offset, guest_offset + mapping.length
+            if not mapping.length:  # the end, should the disk have shrunk meanwhile
+                break
+            guest_offset += mapping.length
+            lookups = await _breathe(lookups)
+        return size, size
+
+    async def _launder(self, guest_offset: int, length: int) -> bool:
+        """Have dirty pages of a range written to the image; False if that cannot be asked."""
+        if self.launder is None:
+            return False
+        try:
+            await self.launder(guest_offset, length)
+        except OSError:
+            return False
+        # Pages that the kernel had begun to write back before: wait for those writes.
+        begun = set(self._writes)
+        while self._writes & begun:
+            await self._write_ended.park()
+        return True
+
+    # --- space ----------------------------------------------------------------------------------
+
+    async def allocate(self, mode: int, guest_offset: int, length: int) -> None:
+        """Answer fallocate(2): punch a hole, zero a range, or preallocate; grow where it may.
+
+        Zeroing takes no space that a range does not have yet. What lies past the end is nothing
+        to punch or to zero, and no space can be kept for it.
+
+        Raises:
+            Refusal: EROFS, or EOPNOTSUPP for another mode.
+        """
+        self.check_writable()
+        what = mode & ~KEEP_SIZE
+        if what not in (0, PUNCH_HOLE, ZERO_RANGE) or mode == PUNCH_HOLE:
+            raise Refusal(errno.EOPNOTSUPP)
+        end = guest_offset + length
+        if end > self.size:
+            if mode == KEEP_SIZE:
+                raise Refusal(errno.EOPNOTSUPP)
+            if mode & KEEP_SIZE:
+                end = self.size
+            else:
+                await self.access.resize(end)
+        if guest_offset >= end:
+            return
+        if what == PUNCH_HOLE:
+            await self.access.discard_to_zero(guest_offset, end - guest_offset)
+        elif what == ZERO_RANGE:
+            await self.access.write_zeroes(guest_offset, end - guest_offset)
+        else:
+            await self._preallocate(guest_offset, end)
+
+    async def _preallocate(self, guest_offset: int, end: int) -> None:
+        # Not by writing zeroes into holes: pages that are written back meanwhile would be lost.
+        while guest_offset < end:
+            mapping = await self.access.ensure_data_mapping(guest_offset, end - guest_offset)
+            guest_offset += mapping.length
+            await trio.lowlevel.checkpoint()
+
+    async def copy(self, source: int, target: int, length: int) -> int:
+        """Answer copy_file_range(2) within the disk: guest offsets and a length in bytes.
+
+        Holes stay holes. Cancelled, it has copied a part.
+
+        Returns:
+            Bytes copied: perhaps fewer than asked, 0 if `source` is at or past the end.
+
+        Raises:
+            Refusal: EROFS, or ENOSPC if `target` is at or past the end.
+        """
+        self.check_writable()
+        length = self.clip(source, min(length, _COPY_LIMIT))
+        if length and target >= self.size:
+            raise Refusal(errno.ENOSPC)
+        length = self.clip(target, length)
+        if length and self.may_have_dirty_pages:
+            await self._launder(source, length)
+        buffer = memoryview(bytearray(min(length, _COPY_CHUNK)))
+        copied = 0
+        while copied < length:
+            mapping = await self.access.get_mapping(source + copied, length - copied)
+            if isinstance(mapping, ZeroMapping):
+                part = mapping.length
+                await self.access.discard_to_zero(target + copied, part)
+            else:
+                part = min(mapping.length, len(buffer))
+                if not part:
+                    break
+                await self.access.readv((buffer[:part],), source + copied)
+                await self.access.writev((buffer[:part],), target + copied)
+            copied += part
+            await trio.lowlevel.checkpoint()
+        return copied
+
+
+async def _breathe(lookups: int) -> int:
+    """Let others run now and then: lookups in cached tables do not wait by themselves."""
+    if lookups % _LOOKUPS_PER_TURN == _LOOKUPS_PER_TURN - 1:
+        await trio.lowlevel.checkpoint()
+    return lookups + 1

@@ -1,0 +1,204 @@
+"""The kernel's table of mounts, and taking one away.
+
+Nothing here touches a mountpoint itself, so that nothing waits for a daemon that does not answer;
+only `is_dead` asks one, in a process of its own and with a time limit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import time
+from typing import Final, NamedTuple
+
+__all__ = [
+    "FSTYPE",
+    "Mount",
+    "detach",
+    "find_at",
+    "find_device",
+    "is_dead",
+    "mounts",
+    "real_path",
+    "users",
+]
+
+#: The type that mount(8) shows for a mount of ours.
+FSTYPE: Final = "fuse.imagofs"
+
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """A line of /proc/self/mountinfo.
+
+    Attributes:
+        device: "major:minor", unique among the file systems of the kernel.
+        point: Where it is mounted, as an absolute path.
+        fstype: Its type.
+        source: What is mounted.
+        owner: User ID of the user who mounted it (FUSE only), -1 where there is none.
+    """
+
+    device: str
+    point: str
+    fstype: str
+    source: str
+    owner: int
+
+
+def mounts() -> list[Mount]:
+    """Every mount that this process sees; what is mounted over another comes after it."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        return [_parse(line) for line in table]
+
+
+def _parse(line: bytes) -> Mount:
+    fields = line.rstrip(b"\n").split(b" ")
+    fstype, source, options = fields[fields.index(b"-") + 1 :][:3]
+    owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
+    return Mount(
+        fields[2].decode(),
+        _unescape(fields[4]),
+        _unescape(fstype),
+        _unescape(source),
+        int(owner[1]) if owner else -1,
+    )
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+def find_at(point: str) -> Mount | None:
+    """The mount that is seen at `point` (a real path), None if nothing is mounted there."""
+    return next((mount for mount in reversed(mounts()) if mount.point == point), None)
+
+
+def find_device(device: str) -> list[Mount]:
+    """Every place where the file system `device` is mounted, the last one first."""
+    return [mount for mount in reversed(mounts()) if mount.device == device]
+
+
+def real_path(point: str) -> str:
+    """The absolute path of a mountpoint without symbolic links.
+
+    The last component is looked at only if nothing is mounted there.
+    """
+    head, tail = os.path.split(os.path.abspath(point))
+    path = os.path.join(os.path.realpath(head), tail)
+    if find_at(path) is None:
+        path = os.path.realpath(path)
+    return path
+
+
+def is_dead(point: str, *, seconds: float = 5.0) -> bool:
+    """Whether the mount at `point` has lost its daemon ("Transport endpoint is not connected").
+
+    stat(2) does not tell: it may be answered from what the kernel remembers.
+
+    Returns:
+        False for a mount that does not answer in time: somebody may still be working on it.
+    """
+    child = os.fork()
+    if not child:
+        try:
+            os.statvfs(point)
+            code = 0
+        except OSError as error:
+            code = 1 if error.errno == errno.ENOTCONN else 0
+        os._exit(code)
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status) == 1
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            return False
+        time.sleep(0.002)
+
+
+def detach(point: str, *, lazy: bool = True) -> None:
+    """Unmount what is mounted at `point`; `lazy`: even while it is used.
+
+    May wait until the daemon has written what the kernel still holds. An ordinary user unmounts
+    with the help of fusermount3.
+
+    Raises:
+        OSError: EBUSY if it is in use, EPERM if this user may not.
+    """
+    import ctypes  # trio brings it along anyway; `imagofs umount` is the one who pays
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not libc.umount2(os.fsencode(point), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)):
+        return
+    number = ctypes.get_errno()
+    if number != errno.EPERM:
+        raise OSError(number, os.strerror(number), point)
+    _detach_as_user(point, lazy=lazy)
+
+
+def _detach_as_user(point: str, *, lazy: bool) -> None:
+    import subprocess
+
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", point]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise OSError(
+            errno.EPERM, "only root may unmount without fusermount3 (package fuse3)", point
+        ) from None
+    if done.returncode:
+        reason = " ".join(os.fsdecode(done.stderr).split()) or f"exit code {done.returncode}"
+        number = errno.EBUSY if "busy" in reason.lower() else errno.EPERM
+        raise OSError(number, reason.removeprefix("fusermount3: "), point)
+
+
+def users(point: str) -> str:
+    """Loop devices and processes that use what is mounted at `point`, as far as can be seen.
+
+    Returns:
+        A list for a message ("/dev/loop0, process 17"); empty if nobody is seen.
+    """
+    found = []
+    for device in sorted(os.listdir("/sys/block")):
+        try:
+            with open(f"/sys/block/{device}/loop/backing_file", "rb") as file:
+                backing = os.fsdecode(file.read().rstrip(b"\n"))
+        except OSError:  # no loop device, or none that is in use
+            continue
+        if _is_within(backing, point):
+            found.append(f"/dev/{device}")
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        if _process_uses(process, point):
+            found.append(f"process {process}")
+    return ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
+
+
+def _process_uses(process: str, point: str) -> bool:
+    folder = f"/proc/{process}"
+    try:
+        links = [f"{folder}/cwd", *(f"{folder}/fd/{fd}" for fd in os.listdir(f"{folder}/fd"))]
+    except OSError:  # another user's, or gone
+        return False
+    for link in links:
+        try:
+            if _is_within(os.readlink(link), point):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _is_within(path: str, point: str) -> bool:
+    return path == point or path.startswith(f"{point}/")
