@@ -54,7 +54,7 @@ def make(folder: Path, subformat: str, size: int, seed: int, **options: Any) -> 
 
 async def host_map(image: FormatAccess) -> list[tuple[int, int, str, int | None]]:
     """(start, length, kind, host offset) of the whole disk, as `qemu-img map` tells them apart."""
-    result = []
+    result: list[tuple[int, int, str, int | None]] = []
     async for start, mapping in image.map():
         match mapping:
             case RawMapping():
