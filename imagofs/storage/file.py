@@ -257,8 +257,7 @@ class FileStorage(InlineStorage):
             inside = max(0, self._size - offset)
             if done < min(wanted, inside):
                 raise StorageError(
-                    f"ends early, at {offset + done} of {self._size} bytes: it was cut off by "
-                    f"someone else while it was open",
+                    f"ends early: it has {self._true_size()} bytes now, and had {self._size}",
                     filename=self.filename,
                 )
             done = min(done, inside)
@@ -292,6 +291,12 @@ class FileStorage(InlineStorage):
         """Zero the range in a thread: by a hole, by `allocated` extents, or by writing zeroes."""
         self._check_sync()
         end = offset + length
+        if self.is_block_device and end > self._size:  # not every call refuses it
+            raise StorageError(
+                f"cannot write zeroes up to {end}: the device has {self._size} bytes",
+                error=errno.ENOSPC,
+                filename=self.filename,
+            )
         try:
             if not await self._in_thread(
                 self._writers, self._space.zero, offset, length, allocated
@@ -477,10 +482,9 @@ class FileStorage(InlineStorage):
             return
         import warnings
 
-        warnings.warn(
-            f"{self.filename}: was not closed", ResourceWarning, stacklevel=1, source=self
-        )
         _close(*self._take_fds())
+        text = f"{self.filename}: was not closed"
+        warnings.warn(text, ResourceWarning, stacklevel=1, source=self)
 
     def _take_fds(self) -> set[int]:
         """The descriptors, which the caller closes."""

@@ -90,6 +90,5 @@ class SpaceCalls:
         return True
 
     def _is_busy(self, error: OSError) -> bool:
-        """Whether the device only refuses this way: mounted (EBUSY), or a range behind its end,
-        which a write will report better."""
-        return self._is_block_device and error.errno in (errno.EBUSY, errno.EINVAL)
+        """Whether the device is in use (mounted, say), and refuses this way of changing it only."""
+        return self._is_block_device and error.errno == errno.EBUSY

@@ -45,10 +45,13 @@ class Driver:
 
 
 @contextmanager
-def loop_device(backing: Path) -> Iterator[str]:
+def loop_device(backing: Path, *options: str) -> Iterator[str]:
     """A loop device on the file `backing`."""
     done = subprocess.run(
-        ["losetup", "-f", "--show", str(backing)], check=True, capture_output=True, text=True
+        ["losetup", "-f", "--show", *options, str(backing)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     device = done.stdout.strip()
     try:

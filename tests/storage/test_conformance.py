@@ -332,6 +332,33 @@ async def test_neighbours_in_one_block_at_the_same_time(keeping):
             assert not storage.write_blockers().locks.entries
 
 
+@pytest.mark.parametrize("whole_block", ["write", "zero"])
+async def test_whole_blocks_and_parts_of_them_at_the_same_time(keeping, whole_block):
+    """A read-modify-write must not put back what an aligned request has just replaced."""
+    new = pattern(65536, 5)
+    for delay in range(6):
+        async with await keeping.open(pattern(SIZE)) as storage:
+
+            async def whole(storage=storage, delay=delay):
+                for _ in range(delay):
+                    await trio.lowlevel.checkpoint()
+                if whole_block == "zero":
+                    await storage.write_zeroes(0, 65536)
+                    return
+                with mmap.mmap(-1, 65536) as memory, memoryview(memory) as view:
+                    view[:] = new
+                    await storage.writev([view], 0)
+
+            part = b"p" * 10
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(storage.writev, [memoryview(part)], 700)
+                nursery.start_soon(whole)
+            found = await read(storage, 0, 65536)
+            expected = bytes(65536) if whole_block == "zero" else new
+            assert found[700:710] in (part, expected[700:710])
+            assert found[:700] + found[710:] == expected[:700] + expected[710:]
+
+
 async def test_cancelled_writes_touch_nothing_else_and_leave_no_lock(keeping):
     """Whatever moment the cancellation comes at."""
     old = pattern(SIZE)

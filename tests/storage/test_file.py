@@ -1,0 +1,722 @@
+"""FileStorage: opening, creating, size, space, syncs that fail, pacing of the fast path."""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import subprocess
+import threading
+from functools import partial
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from imagofs.errors import (
+    ClosedError,
+    LockedError,
+    OutOfRangeError,
+    ReadOnlyError,
+    StorageError,
+    SyncLostError,
+    UnsupportedError,
+)
+from imagofs.storage import (
+    FileStorage,
+    PreallocateMode,
+    StorageCreateOptions,
+    StorageOpenOptions,
+    inline,
+)
+from imagofs.storage.base import MAX_OFFSET
+from tests.storage.drivers import loop_device
+
+WRITABLE = StorageOpenOptions(writable=True)
+
+
+def views(*buffers):
+    return [memoryview(buffer) for buffer in buffers]
+
+
+async def read(storage, offset, length):
+    buffer = bytearray(b"\xee" * length)
+    await storage.readv(views(buffer), offset)
+    return bytes(buffer)
+
+
+def open_descriptors():
+    """Descriptors of this process."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:  # the one that listed them
+            continue
+        found.append(int(name))
+    return found
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path):
+    """A file system with 256 KiB of room."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+# --- opening ----------------------------------------------------------------------------------
+
+
+async def test_open_refuses_what_is_no_file_without_blocking(tmp_path):
+    fifo, sock = tmp_path / "fifo", tmp_path / "socket"
+    os.mkfifo(fifo)
+    link = tmp_path / "link"
+    link.symlink_to(fifo)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(sock))
+        cases = {
+            fifo: "a FIFO",
+            link: "a FIFO",
+            sock: "a socket",
+            tmp_path: "a directory",
+            "/dev/zero": "a character device",
+        }
+        with trio.fail_after(10):
+            for path, kind in cases.items():
+                for options in (StorageOpenOptions(), WRITABLE, StorageOpenOptions(direct=True)):
+                    with pytest.raises(StorageError, match=kind) as caught:
+                        await FileStorage.open(path, options)
+                    assert caught.value.filename == str(path)
+                with pytest.raises(StorageError):
+                    await FileStorage.create(path, StorageCreateOptions(overwrite=True))
+
+
+async def test_open_errors_name_the_file_and_the_errno(tmp_path):
+    for path, number in [
+        (tmp_path / "missing", errno.ENOENT),
+        (tmp_path / ("x" * 300), errno.ENAMETOOLONG),
+        (tmp_path / "file" / "below", errno.ENOTDIR),
+    ]:
+        (tmp_path / "file").write_bytes(b"")
+        with pytest.raises(StorageError) as caught:
+            await FileStorage.open(path)
+        assert caught.value.errno == number
+        assert str(path) in str(caught.value)
+    with pytest.raises(StorageError, match="null"):
+        await FileStorage.open("a\0b")
+    with pytest.raises(StorageError, match="direct=True") as caught:
+        await FileStorage.open("/proc/version", StorageOpenOptions(direct=True))
+    assert caught.value.errno == errno.EINVAL
+
+
+async def test_read_only_file_system(tmp_path):
+    folder = tmp_path / "ro"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
+    try:
+        (folder / "file").write_bytes(b"abc")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with pytest.raises(StorageError, match="open for writing") as caught:
+            await FileStorage.open(folder / "file", WRITABLE)
+        assert caught.value.errno == errno.EROFS
+        async with await FileStorage.open(folder / "file") as storage:
+            assert await read(storage, 0, 3) == b"abc"
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_names_are_absolute_and_descriptors_are_not_inherited(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(bytes(8192))
+    file = os.stat("file")
+    for options in (StorageOpenOptions(), WRITABLE, StorageOpenOptions(True, True)):
+        async with await FileStorage.open("file", options) as storage:
+            assert storage.filename == str(tmp_path / "file")
+            assert storage.resolve_relative_path("../x") == str(tmp_path / "../x")
+            opened = [fd for fd in open_descriptors() if os.path.samestat(os.fstat(fd), file)]
+            assert len(opened) == 1 + options.direct
+            for fd in opened:
+                assert not os.get_inheritable(fd)
+                assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+async def test_from_fd_takes_over_what_it_accepts(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    fd = os.open(path, os.O_RDWR | os.O_APPEND)
+    os.set_inheritable(fd, True)
+    async with FileStorage.from_fd(fd, filename=path) as storage:
+        assert storage.writable
+        assert storage.filename == str(path)
+        assert not os.get_inheritable(fd)
+        assert storage.writev_nowait(views(b"ab"), 0) == 2  # although it was open for appending
+        await storage.writev(views(b"cd"), 2)
+    assert path.read_bytes() == b"abcd456789"
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+    fd = os.open(path, os.O_RDWR)
+    async with FileStorage.from_fd(fd, StorageOpenOptions()) as storage:
+        assert not storage.writable
+        assert storage.writev_nowait(views(b"ab"), 0) == 0
+
+    fd = os.open(path, os.O_RDWR)
+    async with FileStorage.from_fd(fd, StorageOpenOptions(writable=True, direct=True)) as storage:
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+        await storage.writev(views(b"zz"), 9)
+    assert path.read_bytes() == b"abcd45678zz"
+
+
+async def test_from_fd_leaves_alone_what_it_refuses(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    for flags, options, error in [
+        (os.O_RDONLY, WRITABLE, ReadOnlyError),
+        (os.O_WRONLY, None, StorageError),
+        (os.O_PATH, None, StorageError),
+    ]:
+        fd = os.open(path, flags)
+        with pytest.raises(error):
+            FileStorage.from_fd(fd, options)
+        os.close(fd)
+    reader, writer = os.pipe()
+    with pytest.raises(StorageError, match="FIFO"):
+        FileStorage.from_fd(reader)
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(StorageError) as caught:
+        FileStorage.from_fd(reader)
+    assert caught.value.errno == errno.EBADF
+
+
+# --- creating ---------------------------------------------------------------------------------
+
+
+async def test_create(tmp_path):
+    path = tmp_path / "new"
+    options = StorageCreateOptions(size=10_001, mode=0o640)
+    async with await FileStorage.create(path, options) as storage:
+        assert storage.size() == 10_001
+        assert storage.writable
+        await storage.writev(views(b"x"), 10_000)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    with pytest.raises(StorageError) as caught:
+        await FileStorage.create(path, options)
+    assert caught.value.errno == errno.EEXIST
+    assert path.read_bytes() == bytes(10_000) + b"x"
+
+
+@pytest.mark.parametrize("mode", PreallocateMode)
+@pytest.mark.parametrize("direct", [False, True])
+async def test_create_and_overwrite_with_each_preallocation(tmp_path, mode, direct):
+    path = tmp_path / "new"
+    path.write_bytes(b"old" * 50_000)
+    for size in (100_000, 1_000_001):
+        options = StorageCreateOptions(
+            size=size,
+            preallocate=mode,
+            overwrite=True,
+            open_options=StorageOpenOptions(writable=True, direct=direct),
+        )
+        async with await FileStorage.create(path, options) as storage:
+            assert (storage.request_alignment > 1) == direct
+            assert await read(storage, 0, size) == bytes(size)
+            full = mode in (PreallocateMode.FULL_ALLOCATE, PreallocateMode.WRITE_DATA)
+            await storage.sync()
+            assert (storage.allocated_bytes() >= size) == full
+    assert path.stat().st_size == size
+
+
+async def test_create_opens_as_asked(tmp_path):
+    options = StorageCreateOptions(size=5, open_options=StorageOpenOptions())
+    async with await FileStorage.create(tmp_path / "new", options) as storage:
+        assert not storage.writable
+        with pytest.raises(ReadOnlyError):
+            await storage.writev(views(b"x"), 0)
+
+
+async def test_create_that_fails_leaves_no_file(tmp_path, small_tmpfs):
+    path = small_tmpfs / "new"
+    for mode in (PreallocateMode.FULL_ALLOCATE, PreallocateMode.WRITE_DATA):
+        with pytest.raises(StorageError) as caught:
+            await FileStorage.create(path, StorageCreateOptions(size=1 << 20, preallocate=mode))
+        assert caught.value.errno == errno.ENOSPC
+        assert not path.exists()
+    for size in (-1, MAX_OFFSET):
+        with pytest.raises(OutOfRangeError):
+            await FileStorage.create(path, StorageCreateOptions(size=size))
+    with pytest.raises(StorageError) as caught:  # beyond what the file system takes
+        await FileStorage.create(tmp_path / "new", StorageCreateOptions(size=MAX_OFFSET - 1))
+    assert caught.value.errno == errno.EFBIG
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(StorageError) as caught:
+        await FileStorage.create(tmp_path / "no" / "new")
+    assert caught.value.errno == errno.ENOENT
+
+
+async def test_create_that_is_cancelled_leaves_no_file(tmp_path):
+    path = tmp_path / "new"
+    size = 64 << 20
+    with trio.move_on_after(0.005) as scope:
+        await FileStorage.create(
+            path, StorageCreateOptions(size=size, preallocate=PreallocateMode.WRITE_DATA)
+        )
+    assert scope.cancelled_caught
+    assert not path.exists()
+    # What existed is kept, and may be empty now: it was to be overwritten.
+    path.write_bytes(b"old")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await FileStorage.create(path, StorageCreateOptions(size=size, overwrite=True))
+    assert path.read_bytes() == b"old"
+
+
+async def test_create_does_not_overwrite_an_image_in_use(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"data")
+    for writable in (True, False):
+        async with await FileStorage.open(path, WRITABLE) as user:
+            user.lock(writable)
+            with pytest.raises(LockedError):
+                await FileStorage.create(path, StorageCreateOptions(size=1, overwrite=True))
+            assert path.read_bytes() == b"data"
+    async with await FileStorage.create(path, StorageCreateOptions(size=1, overwrite=True)):
+        assert path.read_bytes() == b"\0"
+
+
+async def test_create_on_a_block_device(tmp_path):
+    (tmp_path / "backing").write_bytes(b"x" * (1 << 20))
+    with loop_device(tmp_path / "backing") as device:
+        for mode in PreallocateMode:
+            options = StorageCreateOptions(size=100_000, preallocate=mode, overwrite=True)
+            with open(device, "r+b") as file:
+                file.write(b"x" * 200_000)
+            async with await FileStorage.create(device, options) as storage:
+                assert storage.size() == 1 << 20
+                expected = b"x" if mode is PreallocateMode.NONE else b"\0"
+                assert await read(storage, 0, 100_001) == expected * 100_000 + b"x"
+        with pytest.raises(StorageError) as caught:
+            await FileStorage.create(device, StorageCreateOptions(size=512))
+        assert caught.value.errno == errno.EEXIST
+        with pytest.raises(OutOfRangeError, match="1048576"):
+            await FileStorage.create(device, StorageCreateOptions(size=2 << 20, overwrite=True))
+
+
+# --- size -------------------------------------------------------------------------------------
+
+
+async def test_a_file_cut_off_by_others_is_an_error_not_zeroes(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 20_000)
+    for direct in (False, True):
+        async with await FileStorage.open(path, StorageOpenOptions(direct=direct)) as storage:
+            os.truncate(path, 10_000)
+            buffer = bytearray(5000)
+            assert storage.readv_nowait(views(buffer), 8000) in (0, 2000)
+            assert storage.readv_nowait(views(buffer), 18_000) == 0
+            for offset in (8000, 12_000, 19_999):
+                with pytest.raises(StorageError, match=r"ends early.* 10000 bytes") as caught:
+                    await read(storage, offset, 5000)
+                assert caught.value.errno == errno.EIO
+            assert await read(storage, 4000, 5000) == b"x" * 5000
+            assert await read(storage, 20_480, 5) == bytes(5)
+            await storage.invalidate_cache()
+            assert storage.size() == 10_000
+            assert await read(storage, 8000, 5000) == b"x" * 2000 + bytes(3000)
+        path.write_bytes(b"x" * 20_000)
+
+
+async def test_a_file_grown_by_others_ends_where_it_ended(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 1000)
+    for direct in (False, True):
+        async with await FileStorage.open(path, StorageOpenOptions(direct=direct)) as storage:
+            with path.open("ab") as file:
+                file.write(b"y" * 1000)
+            buffer = bytearray(b"\xee" * 1500)
+            if storage.readv_nowait(views(buffer), 0) == 1500:
+                assert buffer == b"x" * 1000 + bytes(500)
+            assert await read(storage, 0, 1500) == b"x" * 1000 + bytes(500)
+            await storage.invalidate_cache()
+            assert await read(storage, 0, 2500) == b"x" * 1000 + b"y" * 1000 + bytes(500)
+        os.truncate(path, 1000)
+
+
+async def test_space_is_given_back_or_kept(tmp_path):
+    size = 4 << 20
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    async with await FileStorage.open(path, WRITABLE) as storage:
+        await storage.sync()
+        full = storage.allocated_bytes()
+        assert full >= size
+        await storage.write_allocated_zeroes(0, 1 << 20)
+        await storage.sync()
+        assert storage.allocated_bytes() >= size
+        await storage.write_zeroes(0, 1 << 20)
+        await storage.sync()
+        assert storage.allocated_bytes() <= full - (1 << 20)
+        await storage.discard(2 << 20, 8 << 20)
+        await storage.sync()
+        assert storage.allocated_bytes() <= full - (3 << 20)
+        assert path.stat().st_size == storage.size() == size
+        assert await read(storage, 0, 1 << 20) == bytes(1 << 20)
+        assert await read(storage, 1 << 20, 1 << 20) == b"x" * (1 << 20)
+
+
+async def test_device_space_is_given_back(tmp_path):
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"x" * (2 << 20))
+    with loop_device(backing) as device:
+        async with await FileStorage.open(device, WRITABLE) as storage:
+            assert storage.size() == storage.allocated_bytes() == 2 << 20
+            before = backing.stat().st_blocks * 512
+            await storage.discard(0, 1 << 20)
+            await storage.write_zeroes(1 << 20, 1 << 19)
+            await storage.sync()
+            assert backing.stat().st_blocks * 512 <= before - (3 << 19)
+            assert await read(storage, 1 << 20, 1 << 20) == bytes(1 << 19) + b"x" * (1 << 19)
+            with pytest.raises(StorageError) as caught:
+                await storage.write_zeroes(1 << 20, 2 << 20)
+            assert caught.value.errno == errno.ENOSPC
+
+
+async def test_zeroes_where_no_call_makes_them(tmp_path, monkeypatch):
+    """As on a file system without fallocate: zeroes are written, discards do nothing."""
+
+    def unknown(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "not known here")
+
+    for name in ("punch_hole", "zero_range"):
+        monkeypatch.setattr(f"imagofs.storage.syscalls.{name}", unknown)
+    for direct in (False, True):
+        path = tmp_path / f"file{direct}"
+        path.write_bytes(b"x" * 100_000)
+        async with await FileStorage.open(path, StorageOpenOptions(True, direct)) as storage:
+            await storage.write_zeroes(10, 50_000)
+            await storage.write_allocated_zeroes(99_990, 3_000_000)
+            await storage.discard(60_000, 30_000)
+            assert storage.size() == 3_099_990
+        expected = b"x" * 10 + bytes(50_000) + b"x" * 49_980 + bytes(3_000_000)
+        assert path.read_bytes() == expected
+
+
+async def test_running_out_of_space(small_tmpfs):
+    path = small_tmpfs / "file"
+    path.write_bytes(b"old" * 1000)
+    async with await FileStorage.open(path, WRITABLE) as storage:
+        data = views(b"y" * (1 << 20))
+        for _ in range(2):
+            done = storage.writev_nowait(data, 0)
+            assert done < 1 << 20
+            with pytest.raises(StorageError) as caught:
+                await storage.writev(data, 0)
+            assert caught.value.errno == errno.ENOSPC
+            assert storage.size() == path.stat().st_size
+        size = storage.size()
+        for mode in (PreallocateMode.FULL_ALLOCATE, PreallocateMode.WRITE_DATA):
+            with pytest.raises(StorageError) as caught:
+                await storage.resize(1 << 20, mode)
+            assert caught.value.errno == errno.ENOSPC
+            assert storage.size() == path.stat().st_size == size
+        with pytest.raises(StorageError) as caught:
+            await storage.write_allocated_zeroes(size, 1 << 20)
+        assert caught.value.errno == errno.ENOSPC
+        assert storage.size() == path.stat().st_size
+        await storage.resize(0)
+        await storage.writev(views(b"new"), 0)  # once there is room again
+        assert await read(storage, 0, 3) == b"new"
+
+
+async def test_reads_while_it_shrinks(tmp_path):
+    path = tmp_path / "file"
+    for _ in range(20):
+        path.write_bytes(b"x" * 50_000)
+        async with await FileStorage.open(path, WRITABLE) as storage:
+            found: list[bytes] = []
+
+            async def look(storage=storage, found=found):
+                found.append(await read(storage, 0, 50_000))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(look)
+                nursery.start_soon(storage.resize, 20_000)
+                nursery.start_soon(look)
+            for data in found:
+                assert data[:20_000] == b"x" * 20_000
+                assert set(data[20_000:]) <= {0, ord("x")}
+
+
+async def test_a_resize_that_is_cancelled_restores_the_size(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 1000)
+    async with await FileStorage.open(path, WRITABLE) as storage:
+        with trio.move_on_after(0.01) as scope:
+            await storage.resize(1 << 30, PreallocateMode.WRITE_DATA)
+        assert scope.cancelled_caught
+        assert storage.size() == path.stat().st_size == 1000
+        assert await read(storage, 0, 1001) == b"x" * 1000 + b"\0"
+
+
+# --- syncs that fail --------------------------------------------------------------------------
+
+
+async def test_after_a_failed_sync_nothing_more_is_written(small_tmpfs):
+    """A real one: the device's pages do not fit the file system behind it."""
+    backing = small_tmpfs / "backing"
+    backing.touch()
+    os.truncate(backing, 2 << 20)
+    with loop_device(backing) as device:
+        async with await FileStorage.open(device, WRITABLE) as storage:
+            data = views(b"y" * (1 << 20))
+            await storage.writev(data, 0)
+            with pytest.raises(StorageError, match="sync") as caught:
+                await storage.sync()
+            assert caught.value.errno in (errno.EIO, errno.ENOSPC)
+            for _ in range(2):
+                with pytest.raises(SyncLostError):
+                    await storage.sync()
+            assert storage.writev_nowait(data, 0) == 0
+            for call in (
+                lambda: storage.writev(data, 0),
+                lambda: storage.write_zeroes(0, 512),
+                lambda: storage.write_allocated_zeroes(0, 512),
+                lambda: storage.discard(0, 512),
+                lambda: storage.resize(2 << 20),
+            ):
+                with pytest.raises(SyncLostError, match=device):
+                    await call()
+            assert await read(storage, 0, 512) in (b"y" * 512, bytes(512))
+        async with await FileStorage.open(device, WRITABLE) as storage:
+            await storage.sync()
+
+
+async def test_waiting_syncs_share_a_later_call_and_its_failure(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    calls = []
+    proceed = threading.Semaphore(0)
+    first_done = trio.Event()
+
+    def fdatasync(fd):
+        calls.append(fd)
+        proceed.acquire()
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    results = []
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+
+        async def sync():
+            try:
+                await storage.sync()
+                results.append("done")
+                first_done.set()
+            except (StorageError, SyncLostError) as error:
+                results.append(type(error).__name__)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync)
+            await wait_all_tasks_blocked()
+            for _ in range(5):
+                nursery.start_soon(sync)
+            await wait_all_tasks_blocked()
+            proceed.release()
+            await first_done.wait()
+            await wait_all_tasks_blocked()
+            # The five may not rely on a call that began before they asked.
+            assert results == ["done"]
+            proceed.release()
+        assert results == ["done"] * 6
+        assert len(calls) == 2
+        results.clear()
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(sync)
+            await wait_all_tasks_blocked()
+            proceed.release()
+        assert sorted(results) == ["StorageError"] + ["SyncLostError"] * 3
+        assert len(calls) == 3
+
+
+async def test_a_read_only_storage_has_nothing_to_sync(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.delattr(os, "fdatasync")
+    async with await FileStorage.open(tmp_path / "file") as storage:
+        await storage.sync()
+
+
+# --- the fast path ----------------------------------------------------------------------------
+
+
+async def test_cached_reads_and_writes_are_done_in_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 65536)
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        buffer = bytearray(10_000)
+        assert storage.readv_nowait(views(buffer), 4096) == 10_000
+        assert buffer == b"x" * 10_000
+        assert storage.writev_nowait(views(b"a", b"bc"), 70_000) == 3
+        assert storage.size() == 70_003
+        assert storage.readv_nowait(views(buffer), 69_998) == 10_000
+        assert buffer[:8] == b"\0\0abc\0\0\0"
+        many = [bytearray(1) for _ in range(1500)]
+        assert storage.readv_nowait(views(*many), 0) == 1024  # what one system call takes
+
+
+async def test_uncached_reads_are_left_to_a_thread(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (8 << 20))
+    async with await FileStorage.open(path, WRITABLE) as storage:
+        await storage.sync()
+        await storage.invalidate_cache()
+        buffer = bytearray(65536)
+        assert storage.readv_nowait(views(buffer), 4 << 20) == 0
+        assert await read(storage, 4 << 20, 65536) == b"x" * 65536
+        assert storage.readv_nowait(views(buffer), 4 << 20) == 65536
+
+
+async def test_direct_storages_have_no_fast_path(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 65536)
+    options = StorageOpenOptions(writable=True, direct=True)
+    async with await FileStorage.open(tmp_path / "file", options) as storage:
+        assert storage.readv_nowait(views(bytearray(512)), 0) == 0
+        assert storage.writev_nowait(views(bytearray(512)), 0) == 0
+
+
+class Clock:
+    """The time that the fast path sees, and system calls that take some of it."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        self.read_takes = self.write_takes = 0.0
+        monkeypatch.setattr(inline, "_monotonic", lambda: self.now)
+        monkeypatch.setattr(inline, "_preadv", self.preadv)
+        monkeypatch.setattr(inline, "_pwritev", self.pwritev)
+
+    def preadv(self, fd, buffers, offset, flags=0):
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "as on a tmpfs")
+        self.now += self.read_takes
+        return os.preadv(fd, buffers, offset)
+
+    def pwritev(self, fd, buffers, offset):
+        self.now += self.write_takes
+        return os.pwritev(fd, buffers, offset)
+
+
+async def test_slow_writes_pause_the_in_line_ones_and_not_the_reads(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(4096))
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        clock = Clock(monkeypatch)
+        data, buffer = views(b"x" * 512), views(bytearray(512))
+        clock.write_takes = 0.004
+        assert [storage.writev_nowait(data, 0) for _ in range(5)] == [512] * 5
+        clock.write_takes = 0.006
+        assert storage.writev_nowait(data, 0) == 512
+        assert storage.writev_nowait(data, 0) == 0
+        assert storage.readv_nowait(buffer, 0) == 512
+        clock.now += 0.09
+        assert storage.writev_nowait(data, 0) == 0
+        clock.now += 0.02
+        assert storage.writev_nowait(data, 0) == 512
+        assert storage.writev_nowait(data, 0) == 0
+
+
+async def test_reads_in_line_where_nobody_can_say_whether_they_wait(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(65536))
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        clock = Clock(monkeypatch)
+        buffer = views(bytearray(512))
+        assert [storage.readv_nowait(buffer, 0) for _ in range(5)] == [512] * 5
+        for _ in range(3):  # one slow read now and then is the scheduler's
+            clock.read_takes = 0.01
+            assert storage.readv_nowait(buffer, 0) == 512
+            clock.read_takes = 0.0
+            assert [storage.readv_nowait(buffer, 0) for _ in range(3)] == [512] * 3
+        clock.read_takes = 0.01
+        assert [storage.readv_nowait(buffer, 0) for _ in range(5)] == [512, 512, 0, 0, 0]
+        clock.now += 0.2
+        clock.read_takes = 0.0
+        assert storage.readv_nowait(buffer, 0) == 512
+
+
+# --- the end ----------------------------------------------------------------------------------
+
+
+async def test_close_waits_for_threads_even_when_it_is_cancelled(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(4096))
+    storage = await FileStorage.open(tmp_path / "file", WRITABLE)
+    busy = threading.Event()
+    closed = []
+
+    async def close():
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await storage.close()
+        closed.append(True)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(storage._in_thread, storage._readers, lambda: busy.wait(20)))
+        await wait_all_tasks_blocked()
+        nursery.start_soon(close)
+        await wait_all_tasks_blocked()
+        assert not closed
+        os.fstat(storage._fd)  # still open, since a thread may use it
+        with pytest.raises(ClosedError):
+            await read(storage, 0, 1)
+        busy.set()
+    assert closed
+
+
+async def test_a_forgotten_storage_warns_and_closes(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    storage = FileStorage.open_now(tmp_path / "file")
+    fd = storage._fd
+    with pytest.warns(ResourceWarning, match="not closed"):
+        del storage
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+async def test_a_cancelled_write_has_ended_when_it_returns(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    busy = threading.Event()
+    real = os.pwritev
+
+    def slow(fd, buffers, offset):
+        busy.wait(5)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    async with await FileStorage.open(path, WRITABLE) as storage:
+        scope = trio.CancelScope()
+
+        async def write():
+            with scope:
+                await storage.writev(views(b"x" * 200), 0)
+            assert path.read_bytes() == b"x" * 200
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+            await wait_all_tasks_blocked()
+            busy.set()
+        assert path.read_bytes() == b"x" * 200
+        assert storage.size() == 200
+
+
+async def test_resize_of_a_device(tmp_path):
+    (tmp_path / "backing").write_bytes(bytes(65536))
+    with loop_device(tmp_path / "backing") as device:
+        async with await FileStorage.open(device, WRITABLE) as storage:
+            await storage.resize(65536)
+            with pytest.raises(UnsupportedError):
+                await storage.resize(4096)
