@@ -42,6 +42,7 @@ from .clusters import (
 )
 from .compressed import CompressedClusters
 from .entries import COMPRESSED, COPIED, OFFSET_MASK
+from .facts import format_facts
 from .header import Header
 from .metadata import Metadata
 
@@ -167,22 +168,7 @@ class Qcow2(FormatDriver):
         return (self._storage, self._data_storage)
 
     def details(self) -> dict[str, Any]:
-        header = self.header
-        data: dict[str, Any] = {
-            "compat": "1.1" if header.version >= 3 else "0.10",
-            "compression-type": header.compression_name,
-            "lazy-refcounts": header.lazy_refcounts,
-            "refcount-bits": header.refcount_bits,
-            "corrupt": header.corrupt,
-            "extended-l2": header.extended_l2,
-        }
-        if header.version < 3:
-            for name in ("lazy-refcounts", "corrupt", "extended-l2"):
-                del data[name]
-        if header.has_data_file:
-            data["data-file"] = header.data_file
-            data["data-file-raw"] = header.data_file_raw
-        return data
+        return format_facts(self.header)
 
     # --- reading ----------------------------------------------------------------------------
 

@@ -106,6 +106,8 @@ class Header:
     compression_type: int = 0
     bitmaps: BitmapsExtension | None = None
     header_length: int = 72
+    #: 0 none, 1 AES, 2 LUKS; only `parse_header` with `encrypted_too` lets it be other than 0.
+    crypt_method: int = 0
     #: Bytes of the header behind the fields that this version knows; kept as they are.
     unknown_fields: bytes = b""
     #: (type, data) of extensions that are kept as they are, feature names included.
@@ -184,7 +186,7 @@ class Header:
             0,
             self.cluster_bits,
             self.size,
-            0,
+            self.crypt_method,
             self.l1_entries,
             self.l1_offset,
             self.reftable_offset,
@@ -261,12 +263,15 @@ def probe(first_bytes: bytes) -> bool:
     return first_bytes[:4] == MAGIC and int.from_bytes(first_bytes[4:8], "big") >= 2
 
 
-def parse_header(data: bytes, filename: str | None = None) -> Header:
+def parse_header(
+    data: bytes, filename: str | None = None, *, encrypted_too: bool = False
+) -> Header:
     """Parse and check the header.
 
     Args:
         data: The file's first bytes: its first cluster, or all that there is of it.
         filename: For error messages.
+        encrypted_too: Do not refuse an encrypted image: nothing but its header is of interest.
 
     Raises:
         FormatError: Not qcow2, truncated, or fields that cannot be right.
@@ -300,7 +305,7 @@ def parse_header(data: bytes, filename: str | None = None) -> Header:
         raise UnsupportedError(f"qcow2 version {version} is not supported", filename=filename)
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         raise wrong(f"a cluster size of 2^{cluster_bits} bytes; 2^9 to 2^21 are allowed")
-    if crypt_method:
+    if crypt_method and not encrypted_too:
         kind = {1: "AES", 2: "LUKS"}.get(crypt_method, f"method {crypt_method}")
         raise EncryptedImageError(
             f"the image is encrypted ({kind}), which imagofs cannot read; decrypt it with "
@@ -329,6 +334,8 @@ def parse_header(data: bytes, filename: str | None = None) -> Header:
         data, header_length, backing_offset or (1 << cluster_bits), filename
     )
     _check_features(incompatible, compression_type, cluster_bits, extensions, filename)
+    if any(kind == FULL_DISK_ENCRYPTION for kind, _ in extensions) and not encrypted_too:
+        raise EncryptedImageError("the image has an encryption header (LUKS)", filename=filename)
     if refcount_order > 6:
         raise wrong(f"a refcount width of 2^{refcount_order} bits; 1 to 64 bits are allowed")
 
@@ -349,6 +356,7 @@ def parse_header(data: bytes, filename: str | None = None) -> Header:
         refcount_order=refcount_order,
         compression_type=compression_type,
         header_length=header_length,
+        crypt_method=crypt_method,
         unknown_fields=unknown_fields,
     )
     header = _with_extensions(header, extensions, filename)
@@ -376,8 +384,6 @@ def _check_features(
             f"the image needs incompatible features that imagofs does not know: {listed}",
             filename=filename,
         )
-    if any(kind == FULL_DISK_ENCRYPTION for kind, _ in extensions):
-        raise EncryptedImageError("the image has an encryption header (LUKS)", filename=filename)
     if compression_type not in COMPRESSION_NAMES:
         raise UnsupportedError(
             f"compression type {compression_type} is not supported", filename=filename

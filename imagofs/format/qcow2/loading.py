@@ -26,8 +26,12 @@ __all__ = ["load", "read_header"]
 _USUAL_CLUSTER = 1 << 16
 
 
-async def read_header(storage: Storage) -> Header:
+async def read_header(storage: Storage, *, encrypted_too: bool = False) -> Header:
     """Read and check the header, and that the resident tables lie in the file.
+
+    Args:
+        storage: The image file.
+        encrypted_too: See `parse_header`.
 
     Raises:
         FormatError, UnsupportedError: As `parse_header`.
@@ -38,7 +42,7 @@ async def read_header(storage: Storage) -> Header:
     if 16 < cluster_bits <= MAX_CLUSTER_BITS and len(data) == _USUAL_CLUSTER:
         # Only a header with long extensions needs more; a name may be anywhere in the cluster.
         data = await _read(storage, 0, min(1 << cluster_bits, storage.size()))
-    header = parse_header(bytes(data), storage.filename)
+    header = parse_header(bytes(data), storage.filename, encrypted_too=encrypted_too)
     size = storage.size()
     for name, offset, length in (
         ("L1 table", header.l1_offset, header.l1_entries * 8),
