@@ -15,6 +15,7 @@ from .driver import Qcow2
 from .entries import OFFSET_MASK, from_big_endian
 from .header import MAX_CLUSTER_BITS, Header, parse_header
 from .metadata import Metadata
+from .rebuilding import rebuild_refcounts
 from .snapshots import find_snapshot, read_snapshots
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ async def load(
     header = await read_header(storage)
     if writable:
         _check_writable(storage, header, snapshot)
+        if header.dirty:
+            # Refcounts first: what they say decides on every write, and so do the COPIED flags.
+            header = await rebuild_refcounts(storage, header)
     l1_offset, l1_entries, size = header.l1_offset, header.l1_entries, header.size
     if snapshot is not None:
         found = find_snapshot(
