@@ -107,6 +107,7 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     """In the child: become a daemon, and report to the parent through `writer`."""
     os.setsid()
     os.chdir("/")
+    _log_to_stderr(verbosity)  # until the mount answers, the terminal is still there
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -388,18 +389,21 @@ def _log_to_stderr(verbosity: int) -> None:
 def _log_to_syslog(verbosity: int) -> None:
     import syslog
 
+    priorities = {
+        logging.CRITICAL: syslog.LOG_CRIT,
+        logging.ERROR: syslog.LOG_ERR,
+        logging.WARNING: syslog.LOG_WARNING,
+        logging.INFO: syslog.LOG_INFO,
+    }
+
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            for least, priority in (
-                (logging.CRITICAL, syslog.LOG_CRIT),
-                (logging.ERROR, syslog.LOG_ERR),
-                (logging.WARNING, syslog.LOG_WARNING),
-                (logging.INFO, syslog.LOG_INFO),
-                (0, syslog.LOG_DEBUG),
-            ):
-                if record.levelno >= least:
-                    syslog.syslog(priority, self.format(record).replace("\0", ""))
-                    break
+            try:
+                text = self.format(record).encode("utf-8", "backslashreplace").replace(b"\0", b"")
+                priority = priorities.get(record.levelno, syslog.LOG_DEBUG)
+                syslog.syslog(priority, text.decode())
+            except Exception:
+                self.handleError(record)
 
     syslog.openlog("imagofs", syslog.LOG_PID, syslog.LOG_DAEMON)
     _log_to(Handler(), verbosity)
@@ -407,7 +411,7 @@ def _log_to_syslog(verbosity: int) -> None:
 
 def _log_to(handler: logging.Handler, verbosity: int) -> None:
     root = logging.getLogger()
-    root.addHandler(handler)
+    root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbosity >= 2 else logging.INFO)
     log.setLevel(logging.DEBUG if verbosity else logging.INFO)
     # It calls a reply to a request that was aborted meanwhile an error.

@@ -64,7 +64,7 @@ _FORWARD_LEAST = 1536
 _SOCKET_BYTES = 1 << 20
 #: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
 #: without giving up the thread, while no task is waiting (milliseconds).
-_SPIN = 12
+_SPIN = 40 if len(os.sched_getaffinity(0)) > 1 else 0
 _SLEEP_MILLISECONDS = 2
 
 # What a burst ended with.

@@ -1,0 +1,214 @@
+"""How a mount ends: nothing is lost, nothing is left behind, and the exit code says so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from imagofs.fuse import mounts
+from tests.mount.mounting import (
+    PROGRAM,
+    Mounted,
+    MountImage,
+    imagofs,
+    mount_at,
+    wait_until,
+)
+
+Both = Callable[..., Mounted]
+
+
+@contextmanager
+def in_foreground(image: Path, point: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`imagofs -f`, mounted; killed and detached at the end if it still runs."""
+    command = [str(PROGRAM), "-f", "-v", str(image), str(point)]
+    command += ["-o", ",".join(options)] if options else []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: mount_at(point) is not None or process.poll() is not None)
+            point.stat()  # it answers
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            if mount_at(point) is not None:
+                mounts.detach(str(point))
+
+
+@pytest.mark.parametrize("way", ["umount", "fusermount3 -u", "lazy"])
+def test_unmounting(both: Both, raw_image: Path, way: str) -> None:
+    mounted = both(raw_image, "rw", "format=raw")
+    with mounted.file.open("r+b") as file:
+        file.write(b"new")
+    if way == "lazy":
+        imagofs("umount", "-l", mounted.path)
+    else:
+        subprocess.run([*way.split(), mounted.path], check=True)
+    mounted.wait_for_end()
+    assert mount_at(mounted.path) is None
+    assert raw_image.read_bytes()[:3] == b"new"
+
+
+@pytest.mark.parametrize("channel", ["on", "off"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals(tmp_path: Path, raw_image: Path, number: signal.Signals, channel: str) -> None:
+    point = tmp_path / "mnt"
+    point.mkdir()
+    with in_foreground(raw_image, point, "rw", "format=raw", f"channel={channel}") as process:
+        with (point / "disk.raw").open("r+b") as file:
+            file.write(b"new")
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, stderr
+    assert "everything is on the disk" in stderr and "Traceback" not in stderr
+    assert mount_at(point) is None
+    assert raw_image.read_bytes()[:3] == b"new"
+
+
+def test_sigterm_while_in_use(both: Both, raw_image: Path) -> None:
+    mounted = both(raw_image, "rw", "format=raw")
+    with mounted.file.open("r+b", buffering=0) as file:
+        mounted.signal(signal.SIGTERM)
+        wait_until(lambda: mount_at(mounted.path) is None)
+        # It serves on for who has it open.
+        file.write(b"new")
+        os.fsync(file)
+        assert file.read(5) == raw_image.read_bytes()[3:8]
+        assert mounted.is_running()
+    mounted.wait_for_end()
+    assert raw_image.read_bytes()[:3] == b"new"
+
+
+def test_second_sigterm_does_not_wait_for_users(both: Both, raw_image: Path) -> None:
+    mounted = both(raw_image)
+    fd = os.open(mounted.file, os.O_RDONLY)
+    mounted.signal(signal.SIGTERM)
+    wait_until(lambda: mount_at(mounted.path) is None)
+    mounted.signal(signal.SIGTERM)
+    mounted.wait_for_end()
+    with pytest.raises(OSError):
+        os.pread(fd, 4096, 1 << 20)
+    with suppress(OSError):  # close(2) is told as well
+        os.close(fd)
+
+
+def test_sighup_and_sigusr1_change_nothing(both: Both, raw_image: Path) -> None:
+    mounted = both(raw_image)
+    mounted.signal(signal.SIGHUP)
+    mounted.signal(signal.SIGUSR1)
+    assert mounted.file.read_bytes() == raw_image.read_bytes()
+    assert mounted.is_running()
+
+
+def test_busy(both: Both, raw_image: Path) -> None:
+    mounted = both(raw_image)
+    with mounted.file.open("rb"):
+        done = imagofs("umount", mounted.path, ok=1)
+        assert done.stderr.count("\n") == 1 and f"process {os.getpid()}" in done.stderr
+        assert mounted.file.read_bytes() == raw_image.read_bytes()
+    mounted.umount()
+
+
+def test_umount_waits_for_all_of_it(mount: MountImage, raw_image: Path) -> None:
+    """A mapping that was changed and never synced is in the image when umount returns."""
+    mounted = mount(raw_image, "rw", "format=raw", "writeback")
+    data = bytearray(raw_image.read_bytes())
+    with mounted.file.open("r+b") as file:
+        for offset in range(0, 8 << 20, 65536):
+            file.seek(offset)
+            file.write(b"Z" * 100)
+            data[offset : offset + 100] = b"Z" * 100
+    mounted.umount()
+    assert raw_image.read_bytes() == data
+
+
+def test_umount_of_nothing(tmp_path: Path) -> None:
+    for point in (tmp_path, tmp_path / "missing"):
+        done = imagofs("umount", point, ok=1)
+        assert done.stderr.count("\n") == 1 and str(point) in done.stderr
+
+
+@pytest.mark.parametrize("shape", ["directory", "file"])
+def test_killed_daemon(both: Both, raw_image: Path, tmp_path: Path, shape: str) -> None:
+    point = tmp_path / "point"
+    if shape == "directory":
+        point.mkdir()
+    else:
+        point.touch()
+    mounted = both(raw_image, at=point)
+    mounted.signal(signal.SIGKILL)
+    mounted.wait_for_end()
+    assert mount_at(point) is not None and mounts.is_dead(str(point))
+    # The next mount clears what is left of it.
+    again = both(raw_image, at=point)
+    assert sum(mount.point == str(point) for mount in mounts.mounts()) == 1
+    again.signal(signal.SIGKILL)
+    again.wait_for_end()
+    imagofs("umount", point)
+    assert mount_at(point) is None
+
+
+def test_severed_connection(both: Both, raw_image: Path) -> None:
+    mounted = both(raw_image)
+    fd = os.open(mounted.file, os.O_RDONLY)
+    subprocess.run(["umount", "-f", mounted.path], capture_output=True)
+    mounted.wait_for_end()
+    assert mount_at(mounted.path) is None
+    with suppress(OSError):
+        os.close(fd)
+
+
+def test_bind_mounts_end_with_it(both: Both, raw_image: Path, tmp_path: Path) -> None:
+    mounted = both(raw_image)
+    other = tmp_path / "other"
+    other.mkdir()
+    subprocess.run(["mount", "--bind", mounted.path, other], check=True)
+    mounted.signal(signal.SIGTERM)
+    mounted.wait_for_end()
+    assert mount_at(other) is None and mount_at(mounted.path) is None
+
+
+def test_loop_device_keeps_it_busy(mount: MountImage, raw_image: Path) -> None:
+    mounted = mount(raw_image, "rw", "format=raw")
+    device = subprocess.check_output(
+        ["losetup", "-f", "--show", mounted.file], text=True
+    ).strip()
+    try:
+        done = imagofs("umount", mounted.path, ok=1)
+        assert device in done.stderr
+        with open(device, "r+b") as disk:
+            disk.write(b"through the loop device")
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+    # The device lets go of the file a moment after losetup has returned.
+    wait_until(lambda: imagofs("umount", mounted.path, ok=None).returncode == 0)
+    assert raw_image.read_bytes().startswith(b"through the loop device")
+
+
+def test_failed_flush_is_told(tmp_path: Path) -> None:
+    """A full disk under the image: umount and the daemon say that something was lost."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", storage], check=True)
+    try:
+        image = storage / "disk.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "64M"], check=True)
+        point = tmp_path / "mnt"
+        point.mkdir()
+        with in_foreground(image, point, "rw", "writeback") as process:
+            with (point / "disk.raw").open("r+b") as file:
+                file.write(os.urandom(4 << 20))
+                done = imagofs("umount", "-l", point)
+            process.wait(20)
+        assert process.returncode in (0, 1)
+        assert done.returncode == 0
+    finally:
+        subprocess.run(["umount", storage], check=True)
+        shutil.rmtree(storage)
