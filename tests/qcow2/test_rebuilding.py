@@ -180,18 +180,22 @@ async def test_more_references_than_the_width_can_count_are_refused():
     assert storage.to_bytes() == contents
 
 
-@pytest.mark.parametrize("options", [{}, {"cluster_size": 512}], ids=["in place", "new table"])
+@pytest.mark.parametrize("new_table", [False, True], ids=["in place", "new table"])
 async def test_power_cut_in_a_rebuild_leaves_a_dirty_image_that_the_next_one_finishes(
-    tmp_path: Path, options
+    tmp_path: Path, new_table
 ):
-    image = qemu.create(tmp_path / "a.qcow2", "4M", lazy_refcounts=True, **options)
+    image = qemu.create(tmp_path / "a.qcow2", "4M", lazy_refcounts=True, cluster_size=512)
     crash(image, "write -P 1 0 300k", "write -P 2 2M 200k")
     disk = qemu.contents(image)
-    initial = image.read_bytes()
+    contents = bytearray(image.read_bytes())
+    if new_table:  # an entry for a refcount block never came to the disk
+        table = int.from_bytes(contents[48:56], "big")
+        contents[table + 8 : table + 16] = bytes(8)
+    initial = bytes(contents)
     recording = RecordingStorage(MemoryStorage(initial))
     header = await read_header(recording)
     rebuilt = await rebuild_refcounts(recording, header)
-    assert (rebuilt.reftable_offset != header.reftable_offset) == bool(options)
+    assert (rebuilt.reftable_offset != header.reftable_offset) == new_table
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
