@@ -1,0 +1,483 @@
+"""Compressed clusters: read together, inflated in threads, kept for a while, inflated ahead.
+
+The unit of work is a *job*: up to 512 KiB of clusters whose compressed bytes are read with as few
+storage reads as possible (qemu packs them densely) and which one thread inflates in one go. A job
+belongs to no task. Readers wait for it, and one that is cancelled strands nobody; what is inflated
+ahead costs its reader nothing.
+
+A job is in `_inflight` for each of its clusters until it ends. `forget` takes a cluster out of
+there, so that what was inflated from an old mapping never enters the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from ...errors import ClosedError, CorruptImageError
+from ...inflating import InflatedCache, InflateError, inflate_deflate, inflate_zstd
+from ...sequential import SequentialReads
+from ...vectors import total_length
+from .entries import CompressedRange, compressed_range
+
+if TYPE_CHECKING:
+    from ...storage.base import Storage
+
+__all__ = ["CompressedClusters", "NotCompressed"]
+
+_JOB_BYTES = 512 << 10  # inflated by one thread in one go
+_SEGMENT_BYTES = 1 << 20  # of a long read that are waited for together
+_AHEAD_BYTES = 2 << 20  # inflated ahead of one sequential reader
+_READ_GAP = 4096  # compressed ranges this near to each other are read together
+
+
+class NotCompressed(Exception):
+    """The cluster that is to be read is not compressed, or no longer: look its mapping up anew.
+
+    Attributes:
+        guest_offset: Where the cluster begins.
+    """
+
+    def __init__(self, guest_offset: int) -> None:
+        super().__init__(f"the cluster at guest offset {guest_offset:#x} is not compressed")
+        self.guest_offset = guest_offset
+
+
+class _Piece(NamedTuple):
+    """One compressed cluster of a job."""
+
+    cluster: int
+    place: CompressedRange
+
+
+class _Job:
+    """Clusters that are read and inflated together.
+
+    Attributes:
+        pieces: The clusters, in the guest's order.
+        results: What is done: the inflated cluster, or why it could not be inflated. The thread
+            enters each cluster as soon as it is there.
+        error: Why nothing could be inflated.
+        wanted: Clusters that somebody has asked for; the others were inflated ahead.
+        done: Set when no more will come.
+        reading: Ends the task that reads for the job.
+    """
+
+    __slots__ = ("buffer", "done", "error", "frames", "pieces", "reading", "results", "wanted")
+
+    def __init__(self, pieces: list[_Piece], *, wanted: bool) -> None:
+        self.pieces = pieces
+        self.results: dict[int, bytes | Exception] = {}
+        self.error: Exception | None = None
+        self.wanted = {piece.cluster for piece in pieces} if wanted else set()
+        self.done = trio.Event()
+        self.reading = trio.CancelScope()
+        self.buffer = bytearray()
+        self.frames: list[tuple[int, memoryview]] = []
+
+
+class CompressedClusters:
+    """The compressed clusters of one image.
+
+    Args:
+        storage: The image file.
+        cluster_bits: log2 of the cluster size in bytes.
+        compression_type: 0 for deflate, 1 for zstd.
+        cache: Where inflated clusters are kept; shared by the chain.
+        filename: For error messages.
+        descriptor_nowait: Returns the L2 entry (its 64 bits) of a guest cluster if that is in
+            memory and compressed, else None.
+        descriptor: Returns it, loaded if need be, or 0 if the cluster is not compressed.
+        begin_io: Keeps host clusters from being reused until `end_io`; returns its token.
+        end_io: See `begin_io`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        cluster_bits: int,
+        compression_type: int,
+        cache: InflatedCache,
+        filename: str | None,
+        *,
+        descriptor_nowait: Callable[[int], int | None],
+        descriptor: Callable[[int], Awaitable[int]],
+        begin_io: Callable[[], int],
+        end_io: Callable[[int], None],
+    ) -> None:
+        self._storage = storage
+        self._cluster_bits = cluster_bits
+        self._cluster_size = 1 << cluster_bits
+        self._inflate = inflate_zstd if compression_type else inflate_deflate
+        self._cache = cache
+        self._namespace = cache.namespace()
+        self._filename = filename
+        self._descriptor_nowait = descriptor_nowait
+        self._descriptor = descriptor
+        self._begin_io = begin_io
+        self._end_io = end_io
+        self._sequence = SequentialReads(
+            _AHEAD_BYTES >> cluster_bits, cache.ahead_limit >> cluster_bits
+        )
+        self._inflight: dict[int, _Job] = {}
+        self._jobs: set[_Job] = set()
+        self._closed = False
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def read_nowait(self, view: memoryview, guest_offset: int) -> bool:
+        """Fill the flat `view` if all clusters of its range are inflated. A plain function.
+
+        Returns:
+            True: `view` is filled. False: ask `readv`; `view` is untouched.
+        """
+        cluster = guest_offset >> self._cluster_bits
+        within = guest_offset & self._cluster_size - 1
+        end = within + view.nbytes
+        if end <= self._cluster_size:
+            data = self._cache.young.get(self._namespace + cluster)
+            if data is None:
+                data = self._take(cluster)
+                if data is None:
+                    return False
+            view[:] = data[within:end]
+            return True
+        last = guest_offset + view.nbytes - 1 >> self._cluster_bits
+        if any(self._peek(number) is None for number in range(cluster, last + 1)):
+            return False
+        found: dict[int, bytes] = {}
+        for number in range(cluster, last + 1):
+            data = self._take(number)
+            if data is None:  # taking one pushed another out of a small cache
+                return False
+            found[number] = data
+        self._copy(found, [view], guest_offset, view.nbytes)
+        return True
+
+    async def readv(self, views: Sequence[memoryview], guest_offset: int) -> None:
+        """Fill the flat `views` from a range of one or more compressed clusters.
+
+        The caller has called `begin_io`, or nobody writes to the image. A read that fails or is
+        cancelled leaves undefined contents in `views`; what is being inflated for it goes on, and
+        is there for the next reader.
+
+        Raises:
+            CorruptImageError: A descriptor points outside the file, or what is there does not
+                inflate to a cluster.
+            NotCompressed: A cluster is mapped in another way by now.
+            UnsupportedError: No library for the compression is installed.
+            StorageError: The image file cannot be read.
+        """
+        end = guest_offset + total_length(views)
+        rest = list(views)
+        while guest_offset < end:
+            # Cut at clusters, so that none is needed for two segments.
+            boundary = (guest_offset | self._cluster_size - 1) + 1
+            length = min(end, max(boundary, guest_offset + _SEGMENT_BYTES)) - guest_offset
+            if guest_offset + length < end:
+                length -= guest_offset + length & self._cluster_size - 1
+            first = guest_offset >> self._cluster_bits
+            last = guest_offset + length - 1 >> self._cluster_bits
+            found = await self._inflated(first, last)
+            rest = self._copy(found, rest, guest_offset, length)
+            guest_offset += length
+
+    def forget(self, first_guest_cluster: int, count: int) -> None:
+        """Forget clusters whose mapping changed. A plain function.
+
+        What is being inflated for them by now does not enter the cache.
+        """
+        self._cache.drop_range(self._namespace + first_guest_cluster, count)
+        last = first_guest_cluster + count - 1
+        for cluster in [c for c in self._inflight if first_guest_cluster <= c <= last]:
+            del self._inflight[cluster]
+
+    def forget_all(self) -> None:
+        """Forget every cluster, because the file may have been changed by others."""
+        self.forget(0, 1 << 64 - self._cluster_bits)
+
+    async def close(self) -> None:
+        """Inflate ahead no more, and return when nothing uses the storage any more."""
+        self._closed = True
+        for job in self._jobs:
+            job.reading.cancel()
+        while self._jobs:
+            await next(iter(self._jobs)).done.wait()
+
+    # --- what is there ------------------------------------------------------------------------
+
+    def _peek(self, cluster: int) -> bytes | None:
+        """The inflated cluster if it is in memory, even in a job that has not ended."""
+        key = self._namespace + cluster
+        data = self._cache.get(key) or self._cache.ahead.get(key)
+        if data is None and (job := self._inflight.get(cluster)) is not None:
+            result = job.results.get(cluster)
+            return result if isinstance(result, bytes) else None
+        return data
+
+    def _take(self, cluster: int) -> bytes | None:
+        """As `_peek`; what was inflated ahead counts as used, and more is inflated ahead."""
+        key = self._namespace + cluster
+        data = self._cache.get(key)
+        if data is not None:
+            return data
+        data = self._cache.promote(key)
+        if data is None:
+            data = self._peek(cluster)
+            if data is None:
+                return None
+            self._inflight[cluster].wanted.add(cluster)
+            self._cache.put(key, data)
+        self._read_ahead(cluster, 1, missed=False)
+        return data
+
+    def _copy(
+        self, found: dict[int, bytes], views: list[memoryview], guest_offset: int, length: int
+    ) -> list[memoryview]:
+        """Copy `length` bytes of the clusters `found` into `views`; return the rest of those."""
+        index = position = 0
+        while length:
+            within = guest_offset & self._cluster_size - 1
+            target = views[index]
+            step = min(length, self._cluster_size - within, target.nbytes - position)
+            data = found[guest_offset >> self._cluster_bits]
+            if step == self._cluster_size:
+                target[position : position + step] = data
+            else:
+                target[position : position + step] = memoryview(data)[within : within + step]
+            position += step
+            if position == target.nbytes:
+                index, position = index + 1, 0
+            guest_offset += step
+            length -= step
+        return [views[index][position:], *views[index + 1 :]] if position else views[index:]
+
+    # --- waiting for what is not --------------------------------------------------------------
+
+    async def _inflated(self, first: int, last: int) -> dict[int, bytes]:
+        """The clusters from `first` to `last`, both included."""
+        found: dict[int, bytes] = {}
+        own: set[_Job] = set()
+        loaded: tuple[int, int] | None = None
+        while True:
+            jobs, unknown = self._look_up(range(first, last + 1), found, own, loaded)
+            if unknown is not None:
+                entry = await self._descriptor(unknown)
+                if not entry:
+                    raise NotCompressed(unknown << self._cluster_bits)
+                loaded = unknown, entry
+                continue
+            if not jobs:
+                return found
+            for job in jobs:
+                await job.done.wait()
+                self._collect(job, first, last, found, job in own)
+
+    def _look_up(
+        self,
+        clusters: range,
+        found: dict[int, bytes],
+        own: set[_Job],
+        loaded: tuple[int, int] | None,
+    ) -> tuple[list[_Job], int | None]:
+        """Find clusters, and begin to inflate those that nobody inflates yet. A plain function.
+
+        Args:
+            clusters: What is needed.
+            found: What there is of it; more is entered here.
+            own: Jobs that this reader began; more are entered here.
+            loaded: A cluster and its descriptor, just loaded.
+
+        Returns:
+            The jobs to wait for, and a cluster whose descriptor must be loaded first, if any.
+        """
+        jobs: dict[_Job, None] = {}  # a set that keeps its order
+        pieces: list[_Piece] = []
+        waiting_from = clusters.start
+        for cluster in clusters:
+            if cluster in found:
+                continue
+            data = self._take(cluster)
+            if data is not None:
+                found[cluster] = data
+                continue
+            job = self._inflight.get(cluster)
+            if job is not None:
+                job.wanted.add(cluster)
+                if not jobs:
+                    waiting_from = cluster
+                jobs[job] = None
+                continue
+            if loaded is not None and loaded[0] == cluster:
+                entry: int | None = loaded[1]
+            else:
+                entry = self._descriptor_nowait(cluster)
+            if entry is None:
+                return [], cluster
+            pieces.append(self._piece(cluster, entry))
+        if pieces:
+            begun = self._begin(pieces, wanted=True)
+            own.update(begun)
+            jobs.update(dict.fromkeys(begun))
+            waiting_from = pieces[0].cluster
+        if jobs:
+            count = clusters.stop - waiting_from
+            self._read_ahead(waiting_from, count, missed=bool(pieces))
+        return list(jobs), None
+
+    def _collect(
+        self, job: _Job, first: int, last: int, found: dict[int, bytes], is_own: bool
+    ) -> None:
+        """Enter what `job` inflated into `found`.
+
+        Errors of a job that another reader, or nobody, asked for are not raised: this reader then
+        begins a job of its own.
+        """
+        for cluster, place in job.pieces:
+            if not first <= cluster <= last:
+                continue
+            result = job.results.get(cluster)
+            if isinstance(result, bytes):
+                found.setdefault(cluster, result)
+            elif is_own and isinstance(result, InflateError):
+                raise self._corrupt(cluster, place.host_offset, str(result))
+            elif is_own:
+                raise result or job.error or MemoryError("no cluster could be inflated")
+
+    def _piece(self, cluster: int, entry: int) -> _Piece:
+        place = compressed_range(entry, self._cluster_bits)
+        left = self._storage.size() - place.host_offset
+        if left <= 0:
+            raise self._corrupt(cluster, place.host_offset, "that is past the end of the file")
+        return _Piece(cluster, CompressedRange(place.host_offset, min(place.length, left)))
+
+    def _corrupt(self, cluster: int, host_offset: int, reason: str) -> CorruptImageError:
+        return CorruptImageError(
+            f"the compressed cluster of guest offset {cluster << self._cluster_bits:#x} at host "
+            f"offset {host_offset:#x} cannot be read: {reason}",
+            filename=self._filename,
+        )
+
+    # --- inflating ahead ----------------------------------------------------------------------
+
+    def _read_ahead(self, first: int, count: int, *, missed: bool) -> None:
+        """Note what is being read, and begin to inflate what is likely to be read next."""
+        ahead = self._sequence.touch(first, count, missed=missed)
+        if ahead is None or self._closed:
+            return
+        pieces = []
+        for cluster in ahead:
+            if cluster in self._inflight or self._peek(cluster) is not None:
+                continue
+            entry = self._descriptor_nowait(cluster)
+            if entry is None:
+                continue
+            try:
+                pieces.append(self._piece(cluster, entry))
+            except CorruptImageError:  # whoever really reads it will be told
+                continue
+        if pieces:
+            self._begin(pieces, wanted=False)
+
+    # --- jobs ---------------------------------------------------------------------------------
+
+    def _begin(self, pieces: list[_Piece], *, wanted: bool) -> list[_Job]:
+        """Begin to inflate `pieces`, in as few jobs as keeps the threads busy."""
+        per_job = max(1, _JOB_BYTES >> self._cluster_bits)
+        return [
+            self._begin_job(pieces[start : start + per_job], wanted=wanted)
+            for start in range(0, len(pieces), per_job)
+        ]
+
+    def _begin_job(self, pieces: list[_Piece], *, wanted: bool) -> _Job:
+        job = _Job(pieces, wanted=wanted)
+        self._jobs.add(job)
+        for piece in pieces:
+            self._inflight[piece.cluster] = job
+        reads = self._lay_out(job)
+        missing = [
+            (view, host_offset)
+            for view, host_offset in reads
+            if self._storage.readv_nowait((view,), host_offset) != view.nbytes
+        ]
+        if missing:
+            token = self._begin_io()
+            trio.lowlevel.spawn_system_task(self._read, job, missing, token)
+        else:
+            self._submit(job)
+        return job
+
+    def _lay_out(self, job: _Job) -> list[tuple[memoryview, int]]:
+        """Give `job` its buffer and its frames; return the storage reads that fill them."""
+        spans: list[list[int]] = []  # of the file: start, end
+        span_of: list[int] = []
+        for _, (host_offset, length) in job.pieces:
+            end = host_offset + length
+            if spans and spans[-1][0] <= host_offset <= spans[-1][1] + _READ_GAP:
+                spans[-1][1] = max(spans[-1][1], end)
+            else:
+                spans.append([host_offset, end])
+            span_of.append(len(spans) - 1)
+        job.buffer = self._cache.take_buffer(sum(end - start for start, end in spans))
+        view = memoryview(job.buffer)
+        reads = []
+        position = 0
+        for start, end in spans:
+            reads.append((view[position : position + end - start], start))
+            position += end - start
+        for number, (cluster, (host_offset, length)) in zip(span_of, job.pieces, strict=True):
+            data, start = reads[number]
+            at = host_offset - start
+            job.frames.append((cluster, data[at : at + length]))
+        return reads
+
+    async def _read(self, job: _Job, reads: Iterable[tuple[memoryview, int]], token: int) -> None:
+        """Read what a job needs; a task of the system's own, so that no reader can cancel it."""
+        job.error = ClosedError("the image is closed", filename=self._filename)
+        try:
+            with job.reading:
+                for view, host_offset in reads:
+                    await self._storage.readv((view,), host_offset)
+                job.error = None
+        except Exception as error:  # it is raised again where somebody asked for the job
+            job.error = error
+        finally:
+            self._end_io(token)
+            if job.error is None:
+                self._submit(job)
+            else:
+                self._finish(job)
+
+    def _submit(self, job: _Job) -> None:
+        frames, results = job.frames, job.results
+        inflate, cluster_size = self._inflate, self._cluster_size
+
+        def work() -> None:
+            for cluster, frame in frames:
+                try:
+                    results[cluster] = inflate(frame, cluster_size)
+                except Exception as error:  # it is raised again where somebody asked for it
+                    results[cluster] = error
+
+        self._cache.threads.submit(work, lambda: self._finish(job), urgent=bool(job.wanted))
+
+    def _finish(self, job: _Job) -> None:
+        """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
+        for cluster, _ in job.pieces:
+            if self._inflight.get(cluster) is not job:
+                continue  # its mapping changed meanwhile
+            del self._inflight[cluster]
+            data = job.results.get(cluster)
+            if not isinstance(data, bytes):
+                continue
+            if cluster in job.wanted:
+                self._cache.put(self._namespace + cluster, data)
+            else:
+                self._cache.put_ahead(self._namespace + cluster, data)
+        job.frames = []
+        self._cache.give_buffer(job.buffer)
+        job.buffer = bytearray()
+        self._jobs.discard(job)
+        job.done.set()
