@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .access import FormatAccess as FormatAccess
+    from .creating import CreateOptions as CreateOptions
+    from .creating import create_image as create_image
     from .errors import ChainError as ChainError
     from .errors import ClosedError as ClosedError
     from .errors import CorruptImageError as CorruptImageError
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "access": ("FormatAccess",),
+    "creating": ("CreateOptions", "create_image"),
     "errors": (
         "ChainError",
         "ClosedError",

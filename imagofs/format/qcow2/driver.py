@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ...errors import CorruptImageError, ImagofsError
 from ...gate import ImplicitOpenGate
@@ -48,6 +48,7 @@ from .metadata import Metadata
 
 if TYPE_CHECKING:
     from ...access import FormatAccess
+    from ...creating import CreateOptions
     from ...opening import OpenContext
     from .writing import Writer
 
@@ -150,6 +151,28 @@ class Qcow2(FormatDriver):
             backing=backing,
             data_file=data_file,
         )
+
+    @classmethod
+    async def create(
+        cls,
+        image: str | os.PathLike[str] | Storage,
+        size: int | None = None,
+        **options: Unpack[CreateOptions],
+    ) -> None:
+        """Create a qcow2 image, durably. It is not opened.
+
+        Args:
+            image: The file to make, or an empty storage, which stays open and the caller's.
+            size: The guest disk's size in bytes, rounded up to a multiple of 512; None: the
+                backing file's.
+            options: See `CreateOptions`.
+
+        Raises:
+            As `create_image`.
+        """
+        from ...creating import create_qcow2
+
+        await create_qcow2(image, size, **options)
 
     # --- facts --------------------------------------------------------------------------------
 
