@@ -40,7 +40,7 @@ from .clusters import (
     kind_of_cluster,
     kind_of_subcluster,
 )
-from .compressed import CompressedClusters
+from .compressed import CompressedClusters, NotCompressed
 from .entries import COMPRESSED, COPIED, OFFSET_MASK
 from .facts import format_facts
 from .header import Header
@@ -337,7 +337,13 @@ class Qcow2(FormatDriver):
         return self._compressed.read_nowait(view, guest_offset)
 
     async def readv_special(self, views: Sequence[memoryview], guest_offset: int) -> None:
-        await self._compressed.readv(views, guest_offset)
+        try:
+            await self._compressed.readv(views, guest_offset)
+        except NotCompressed:
+            if self._writer is None:
+                raise
+            # Written or discarded since the mapping was looked up.
+            await self._writer.read_current(list(views), guest_offset)
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -405,11 +411,13 @@ class Qcow2(FormatDriver):
                 "there is metadata that was not flushed; flush first", filename=self.filename
             )
         self._l2.cache.drop_namespace(self._l2.namespace)
+        self._compressed.forget_all()
         for storage in self.storages:
             await storage.invalidate_cache()
         self._changed(0, max(self._size, 1))
 
     async def close(self) -> None:
+        await self._compressed.close()
         for storage in self.storages:
             await storage.close()
 

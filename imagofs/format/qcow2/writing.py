@@ -197,7 +197,7 @@ class Writer:
         for piece in plan.pieces:
             if piece.source is Source.OLD:
                 old[piece.guest_offset] = memoryview(bytearray(piece.length))
-                await self._read_old([old[piece.guest_offset]], piece.guest_offset)
+                await self.read_current([old[piece.guest_offset]], piece.guest_offset)
         for host_offset, buffers in self._writes(plan, views, guest_offset, old):
             length = total_length(buffers)
             if self._data_storage.writev_nowait(buffers, host_offset) != length:
@@ -244,7 +244,7 @@ class Writer:
             last = plan.changes[-1].guest_offset + self._cluster_size
             self._driver.mapping_changed(first, last - first)
 
-    async def _read_old(self, views: list[memoryview], guest_offset: int) -> None:
+    async def read_current(self, views: list[memoryview], guest_offset: int) -> None:
         """What the guest reads now; past the end of the disk or of a layer below: zeroes."""
         length = total_length(views)
         inside = min(length, self._driver.size() - guest_offset)
