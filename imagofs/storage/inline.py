@@ -19,10 +19,14 @@ from .base import Storage
 
 __all__ = ["InlineStorage"]
 
-#: An in-line write that took longer (seconds) was held up: the next ones go to threads ...
-SLOW_WRITE = 0.005
+#: Two in-line writes in turn that took longer (seconds) were held up: the kernel lets writers wait
+#: because too much is dirty. A single one may only have lost the processor for a moment. The next
+#: ones go to threads ...
+SLOW_WRITE = 0.01
 #: ... for this long (seconds).
 PAUSE = 0.1
+#: Slow writes with no more than this between them (seconds) follow each other.
+_IN_TURN = 0.02
 
 # Where the file system does not know RWF_NOWAIT, nobody can say whether a read waits. It is done in
 # line all the same, which suits a tmpfs, unless several in turn took longer than this.
@@ -47,6 +51,7 @@ class InlineStorage(Storage):
         self._read_inline_from = 0.0  # in-line reads and writes pause until these moments
         self._write_inline_from = 0.0
         self._slow_reads = 0
+        self._slow_write_end = 0.0  # when the last slow in-line write ended
 
     def size(self) -> int:
         """The size in bytes, kept current by this storage's own writes and resizes."""
@@ -124,5 +129,7 @@ class InlineStorage(Storage):
             self._size = offset + done
         end = _monotonic()
         if end - start > SLOW_WRITE:
-            self._write_inline_from = end + PAUSE
+            if start - self._slow_write_end < _IN_TURN:
+                self._write_inline_from = end + PAUSE
+            self._slow_write_end = end
         return done
