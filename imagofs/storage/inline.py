@@ -23,9 +23,11 @@ __all__ = ["InlineStorage"]
 #: because too much is dirty. A single one may only have lost the processor for a moment. The next
 #: ones go to threads ...
 SLOW_WRITE = 0.01
-#: ... for this long (seconds).
+#: ... for this long (seconds), or as many times as long as the last one took, whichever is more:
+#: what is held up in line, and everything else with it, is a small part of the time.
 PAUSE = 0.1
-#: Slow writes with no more than this between them (seconds) follow each other.
+_PAUSE_FACTOR = 10
+#: Slow writes with no more than this between them (seconds), a pause left out, are in turn.
 _IN_TURN = 0.02
 
 # Where the file system does not know RWF_NOWAIT, nobody can say whether a read waits. It is done in
@@ -129,7 +131,7 @@ class InlineStorage(Storage):
             self._size = offset + done
         end = _monotonic()
         if end - start > SLOW_WRITE:
-            if start - self._slow_write_end < _IN_TURN:
-                self._write_inline_from = end + PAUSE
-            self._slow_write_end = end
+            in_turn = start - self._slow_write_end < _IN_TURN
+            pause = max(PAUSE, (end - start) * _PAUSE_FACTOR) if in_turn else 0.0
+            self._write_inline_from = self._slow_write_end = end + pause
         return done
