@@ -23,6 +23,7 @@ from imagofs.errors import (
     UnsupportedError,
     errno_of,
 )
+from imagofs.inflating import InflatedCache
 from tests import qemu
 from tests.vmdk.build import (
     GD_AT_END,
@@ -287,7 +288,7 @@ async def test_the_cache_of_inflated_grains_is_bounded(tmp_path):
     path.write_bytes(build_sparse(grains, count * GRAIN_SECTORS, compressed=True))
     tracemalloc.start()
     try:
-        driver = await open_folder_vmdk(path, inflated_bytes=16 * GRAIN)
+        driver = await open_folder_vmdk(path, inflated=InflatedCache(16 * GRAIN))
         async with FormatAccess(driver) as image:
             before, _ = tracemalloc.get_traced_memory()
             for number in range(count):
@@ -462,7 +463,7 @@ async def _try_all(path: Path) -> bytes | None:
     return None
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(data=_broken_images())
 def test_any_damage_is_an_error_or_harmless(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzzed.vmdk"
@@ -470,7 +471,7 @@ def test_any_damage_is_an_error_or_harmless(tmp_path_factory, data):
     trio.run(_try_all, path)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(data=_broken_images())
 def test_what_both_read_is_the_same(tmp_path_factory, data):
     # qemu refuses less, and more; what both of us read must not differ.

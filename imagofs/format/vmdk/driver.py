@@ -33,7 +33,7 @@ from ...storage.blockers import RangeLocks
 from ...vectors import split_views, total_length
 from ..base import IN_PLACE, INDIRECT, MIXED, NOT_CACHED, SPECIAL, ZERO, DiscardTo, FormatDriver
 from .descriptor import NO_PARENT, Descriptor, looks_like_descriptor
-from .extents import RAW, Extent, Place, ZeroExtent
+from .extents import RAW, Extent, ZeroExtent
 from .grains import SparseExtent
 from .sparse import looks_like_sparse
 
@@ -46,8 +46,6 @@ _LARGEST_GRANULE = 1 << 30
 #: Where extents do not begin at multiples of this, the granules that they share are MIXED.
 _SMALLEST_FLAT_GRANULE = 64 << 10
 _SMALLEST_GRANULE = 4 << 10
-#: A mapping says no more than this many units at once: the event loop waits for it.
-_MOST_UNITS = 512
 #: Content ID of a disk that was never written since it was made.
 _UNWRITTEN = 0xFFFFFFFE
 
@@ -195,11 +193,11 @@ class Vmdk(FormatDriver):
         if max_length <= 0:
             return EofMapping()
         extent = self._extent_at(guest_offset)
-        place = extent.locate(guest_offset)
+        place = extent.run(guest_offset)
         while place.kind in (NOT_CACHED, MIXED):
             await extent.load(guest_offset)
-            place = extent.locate(guest_offset)
-        length = min(_run_length(extent, guest_offset, place, max_length), max_length)
+            place = extent.run(guest_offset)
+        length = min(place.length, max_length)
         if place.kind == RAW:
             assert extent.storage is not None
             return RawMapping(length, extent.storage, place.host_offset, extent.writable)
@@ -394,21 +392,6 @@ def _granularity(extents: Sequence[Extent]) -> int:
         # Grains that begin in the middle of granules would make all of them MIXED.
         smallest = _SMALLEST_GRANULE
     return max(edges & -edges, smallest)
-
-
-def _run_length(extent: Extent, guest_offset: int, place: Place, max_length: int) -> int:
-    """How long what begins at `place` goes on alike, as far as is in memory."""
-    length = place.length
-    for _ in range(_MOST_UNITS):
-        if length >= max_length or guest_offset + length >= extent.end:
-            break
-        following = extent.locate(guest_offset + length)
-        if following.kind != place.kind or (
-            place.kind == RAW and following.host_offset != place.host_offset + length
-        ):
-            break
-        length += following.length
-    return length
 
 
 def _place_in_storage(extent: Extent, guest_offset: int) -> tuple[Storage, int]:

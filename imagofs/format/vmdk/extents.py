@@ -61,6 +61,10 @@ class Extent(ABC):
         wrong: `load` tells what is wrong with it.
         """
 
+    def run(self, guest_offset: int) -> Place:
+        """As `locate`, for as many bytes as go on alike and are cheap to look at."""
+        return self.locate(guest_offset)
+
     async def load(self, guest_offset: int) -> None:
         """Bring what `locate` needs into memory.
 

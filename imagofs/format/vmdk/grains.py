@@ -1,79 +1,36 @@
-"""Sparse extents: finding grains through two levels of tables, and inflating them.
+"""Sparse extents: grains that two levels of tables locate.
 
-Tables and inflated grains are kept in bounded caches. A grain directory is cached in pages, so
-that neither opening an extent nor its memory depends on its size.
+Tables are kept in a bounded cache. A grain directory is cached in pages, so that neither opening
+an extent nor its memory depends on its size.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections import OrderedDict
-from typing import NamedTuple
-
-import trio
 
 from ...caching import MetadataCache
 from ...errors import CorruptImageError, FormatError
+from ...inflating import InflatedCache
 from ...storage.base import Storage
 from ..base import INDIRECT, MIXED, NOT_CACHED, SPECIAL, ZERO
+from .deflated import DeflatedGrains
 from .descriptor import SECTOR
 from .extents import RAW, Extent, Place
 from .sparse import (
     ENTRY_BYTES,
     FOOTER_BYTES,
     HEADER_BYTES,
-    MARKER_BYTES,
     SparseHeader,
-    inflate_grain,
     parse_footer,
-    parse_grain_marker,
     parse_header,
 )
 
-__all__ = ["GrainCache", "SparseExtent", "read_sparse_header"]
+__all__ = ["SparseExtent", "read_sparse_header"]
 
 _PAGE_ENTRIES = 1024  # of a grain directory
 _TABLES = 1 << 40  # tells the cache keys of grain tables from those of directory pages
 _ZERO_ENTRY = 1
-#: A worker thread gets several grains at a time: handing over costs as much as a small grain.
-_BATCH_BYTES = 512 << 10
-
-
-class GrainCache:
-    """Inflated grains in order of use, up to `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._bytes = 0
-        self._grains: OrderedDict[int, bytes] = OrderedDict()
-
-    def get(self, key: int) -> bytes | None:
-        """The grain at `key`, None if it is not kept."""
-        grain = self._grains.get(key)
-        if grain is not None:
-            self._grains.move_to_end(key)
-        return grain
-
-    def put(self, key: int, grain: bytes) -> None:
-        """Keep `grain` at `key`."""
-        self._bytes += len(grain) - len(self._grains.pop(key, b""))
-        self._grains[key] = grain
-        while self._bytes > self._limit:
-            self._bytes -= len(self._grains.popitem(last=False)[1])
-
-    def clear(self) -> None:
-        """Forget every grain."""
-        self._grains.clear()
-        self._bytes = 0
-
-
-class _Deflated(NamedTuple):
-    """A grain's deflated bytes, still to be inflated."""
-
-    number: int
-    host_offset: int
-    data: memoryview
 
 
 async def read_sparse_header(storage: Storage) -> SparseHeader:
@@ -104,7 +61,7 @@ class SparseExtent(Extent):
         storage: Its file.
         header: What `read_sparse_header` returned.
         cache: Where tables are kept.
-        grains: Where inflated grains are kept.
+        inflated: Where inflated grains are kept.
         type_name: Its type as the descriptor spells it.
 
     Raises:
@@ -119,7 +76,7 @@ class SparseExtent(Extent):
         header: SparseHeader,
         *,
         cache: MetadataCache,
-        grains: GrainCache,
+        inflated: InflatedCache,
         type_name: str,
     ) -> None:
         super().__init__(start, length)
@@ -132,7 +89,16 @@ class SparseExtent(Extent):
         self._directory_offset = header.directory_sector * SECTOR
         self._cache = cache
         self._namespace = cache.namespace()
-        self._grains = grains
+        self._deflated = DeflatedGrains(
+            storage,
+            inflated,
+            grain_bytes=self._grain_bytes,
+            length=length,
+            start=start,
+            markers=header.markers,
+            place_nowait=self._place_nowait,
+            place=self._place,
+        )
         self.refresh()
 
     @property
@@ -146,7 +112,7 @@ class SparseExtent(Extent):
 
     def refresh(self) -> None:
         self._cache.drop_namespace(self._namespace)
-        self._grains.clear()
+        self._deflated.forget()
         self._storage_size = self.storage.size()
         directory_bytes = self.header.directory_entries * ENTRY_BYTES
         for what, end in (
@@ -185,6 +151,45 @@ class SparseExtent(Extent):
         host_offset += within
         fits = host_offset + length <= self._storage_size
         return Place(RAW if fits else MIXED, host_offset, length)
+
+    def run(self, guest_offset: int) -> Place:
+        place = self.locate(guest_offset)
+        if place.kind in (NOT_CACHED, MIXED):
+            return place
+        table, within = divmod(guest_offset - self.start, self._table_span)
+        entries = self._cache.get(self._namespace + _TABLES + table)
+        if entries is None:
+            return self._run_of_tables(place, table, guest_offset)
+        index, within = divmod(within, self._grain_bytes)
+        count = self._alike(entries, index, place.kind)
+        if place.kind == RAW:
+            # What is there of the file; `locate` has seen that the first grain is.
+            first = place.host_offset - within
+            count = max(min(count, (self._storage_size - first) // self._grain_bytes), 1)
+        length = min(count * self._grain_bytes - within, self.end - guest_offset)
+        return place._replace(length=length)
+
+    def _run_of_tables(self, place: Place, table: int, guest_offset: int) -> Place:
+        """The run of a place for which there is no table."""
+        page = self._cache.get(self._namespace + table // _PAGE_ENTRIES)
+        assert page is not None
+        rest = page[table % _PAGE_ENTRIES :]
+        count = next((n for n, entry in enumerate(rest) if entry != rest[0]), len(rest))
+        end = self.start + (table + count) * self._table_span
+        return place._replace(length=min(end, self.end) - guest_offset)
+
+    def _alike(self, entries: array[int], index: int, kind: int) -> int:
+        """How many entries from `index` on go on alike."""
+        first = entries[index]
+        rest = enumerate(entries[index:])
+        if kind == SPECIAL:
+            last = (self._storage_size - 1) // SECTOR
+            least = 2 if self.header.zero_entries else 1
+            differ = (n for n, entry in rest if not least <= entry <= last)
+        else:
+            step = self.header.grain_sectors if kind == RAW else 0
+            differ = (n for n, entry in rest if entry != first + n * step)
+        return next(differ, len(entries) - index)
 
     def _is_no_place(self, entry: int) -> bool:
         return entry == 0 or (entry == _ZERO_ENTRY and self.header.zero_entries)
@@ -236,114 +241,22 @@ class SparseExtent(Extent):
     # --- deflated grains ------------------------------------------------------------------------
 
     def special_nowait(self, view: memoryview, guest_offset: int) -> bool:
-        first, within = divmod(guest_offset - self.start, self._grain_bytes)
-        count = -(-(within + view.nbytes) // self._grain_bytes)
-        grains = [self._grains.get(self._namespace + first + index) for index in range(count)]
-        if None in grains:
-            return False
-        _copy_grains([grain for grain in grains if grain is not None], within, view)
-        return True
+        return self._deflated.read_nowait(view, guest_offset - self.start)
 
     async def read_special(self, view: memoryview, guest_offset: int) -> None:
-        step = max(_BATCH_BYTES // self._grain_bytes, 1) * self._grain_bytes
-        position = guest_offset - self.start
-        while view.nbytes:
-            length = min(step - position % step, view.nbytes)
-            first, within = divmod(position, self._grain_bytes)
-            count = -(-(within + length) // self._grain_bytes)
-            _copy_grains(await self._inflated(first, count), within, view[:length])
-            view = view[length:]
-            position += length
+        await self._deflated.read(view, guest_offset - self.start)
 
-    async def _inflated(self, first: int, count: int) -> list[bytes]:
-        """Some grains, inflated: a batch at most."""
-        grains = {n: self._grains.get(self._namespace + n) for n in range(first, first + count)}
-        missing = [number for number, grain in grains.items() if grain is None]
-        if missing:
-            deflated = await self._read_deflated(missing)
-            # Waits for the thread even if it is cancelled: nothing runs on behind its back.
-            inflated = await trio.to_thread.run_sync(self._inflate, deflated)
-            for number, grain in zip(missing, inflated, strict=True):
-                grains[number] = grain
-                self._grains.put(self._namespace + number, grain)
-        return [grain for grain in grains.values() if grain is not None]
+    def _place_nowait(self, number: int) -> int | None:
+        place = self.locate(self.start + number * self._grain_bytes)
+        return place.host_offset if place.kind == SPECIAL else None
 
-    def _inflate(self, deflated: list[_Deflated]) -> list[bytes]:
-        """Inflate a batch; runs in a worker thread and touches nothing that is shared."""
-        inflated = []
-        for number, host_offset, data in deflated:
-            needed = min(self._grain_bytes, self.end - self.start - number * self._grain_bytes)
-            try:
-                inflated.append(inflate_grain(data, self._grain_bytes, needed))
-            except CorruptImageError as exc:
-                raise self._damaged(number, host_offset, exc.message) from None
-        return inflated
-
-    async def _read_deflated(self, numbers: list[int]) -> list[_Deflated]:
-        """The deflated bytes of some grains, in one read if they lie near each other."""
-        places = [(number, await self._place_of(number)) for number in numbers]
-        # Deflated data that is longer than twice the grain is nonsense, and so refused by others.
-        longest = MARKER_BYTES + 2 * self._grain_bytes
-        start = min(offset for _, offset in places)
-        span = max(offset for _, offset in places) - start
-        if span > len(places) * longest:
-            return [await self._read_one(number, offset, longest) for number, offset in places]
-        data = await self._read(start, span + longest)
-        return [
-            self._strip(number, offset, data[offset - start : offset - start + longest])
-            for number, offset in places
-        ]
-
-    async def _place_of(self, number: int) -> int:
-        """The host offset of a deflated grain."""
+    async def _place(self, number: int) -> int:
         guest_offset = self.start + number * self._grain_bytes
         while (place := self.locate(guest_offset)).kind != SPECIAL:
             if place.kind not in (NOT_CACHED, MIXED):
-                raise self._damaged(number, place.host_offset, "it was changed behind our back")
+                raise CorruptImageError(
+                    f"the grain of guest offset {guest_offset} was deflated, and is not any more",
+                    filename=self.storage.filename,
+                )
             await self.load(guest_offset)
         return place.host_offset
-
-    async def _read_one(self, number: int, host_offset: int, longest: int) -> _Deflated:
-        return self._strip(number, host_offset, await self._read(host_offset, longest))
-
-    async def _read(self, host_offset: int, length: int) -> memoryview:
-        """Up to `length` bytes, less at the file's end."""
-        view = memoryview(bytearray(min(length, self._storage_size - host_offset)))
-        if self.storage.readv_nowait([view], host_offset) != view.nbytes:
-            await self.storage.readv([view], host_offset)
-        return view
-
-    def _strip(self, number: int, host_offset: int, data: memoryview) -> _Deflated:
-        """Check the marker and take it away."""
-        if not self.header.markers:
-            return _Deflated(number, host_offset, data)
-        if data.nbytes < MARKER_BYTES:
-            raise self._damaged(number, host_offset, "its marker is cut off")
-        marker = parse_grain_marker(data)
-        sector = number * self.header.grain_sectors
-        # Sectors of the disk are meant; writers of split disks may count the extent's.
-        if marker.first_sector not in (self.start // SECTOR + sector, sector):
-            what = f"its marker names sector {marker.first_sector}"
-            raise self._damaged(number, host_offset, what)
-        end = MARKER_BYTES + marker.deflated_length
-        if not MARKER_BYTES < end <= data.nbytes:
-            what = f"its marker says that it has {marker.deflated_length} deflated bytes"
-            raise self._damaged(number, host_offset, what)
-        return _Deflated(number, host_offset, data[MARKER_BYTES:end])
-
-    def _damaged(self, number: int, host_offset: int, what: str) -> CorruptImageError:
-        guest_offset = self.start + number * self._grain_bytes
-        return CorruptImageError(
-            f"the grain of guest offset {guest_offset} at host offset {host_offset}: {what}",
-            filename=self.storage.filename,
-        )
-
-
-def _copy_grains(grains: list[bytes], within: int, view: memoryview) -> None:
-    """Fill `view` from consecutive grains, from byte `within` of the first one on."""
-    position = 0
-    for grain in grains:
-        part = memoryview(grain)[within : within + view.nbytes - position]
-        view[position : position + part.nbytes] = part
-        position += part.nbytes
-        within = 0

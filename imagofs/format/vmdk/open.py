@@ -14,6 +14,7 @@ import trio
 from ...caching import MetadataCache
 from ...errors import ChainError, FormatError, ImagofsError, UnsupportedError
 from ...gate import ImplicitOpenGate
+from ...inflating import InflatedCache
 from ...opening import FROM_HEADER, FromHeader, OpenContext, open_storage
 from ...storage.base import Storage, StorageOpenOptions
 from .descriptor import (
@@ -29,7 +30,7 @@ from .descriptor import (
 )
 from .driver import Vmdk, close_all
 from .extents import Extent, FlatExtent, NoAccessExtent, ZeroExtent
-from .grains import GrainCache, SparseExtent, read_sparse_header
+from .grains import SparseExtent, read_sparse_header
 from .sparse import SparseHeader, looks_like_sparse
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Opener", "open_path", "open_vmdk", "open_vmdk_layer"]
 
-_DEFAULT_INFLATED_BYTES = 64 << 20
 _FIRST_BYTES = 4096
 
 
@@ -68,7 +68,7 @@ async def open_vmdk_layer(
         opener=context,
         writable=writable,
         cache=context.cache,
-        inflated_bytes=context.inflated_bytes,
+        inflated=context.inflated,
     )
 
 
@@ -91,7 +91,7 @@ async def open_path(
             writable=writable,
             backing=backing,
             cache=context.cache,
-            inflated_bytes=context.inflated_bytes,
+            inflated=context.inflated,
         )
     except BaseException:
         await _close_quietly([storage])
@@ -105,7 +105,7 @@ async def open_vmdk(
     writable: bool = False,
     backing: FormatAccess | FromHeader | None = FROM_HEADER,
     cache: MetadataCache | None = None,
-    inflated_bytes: int = _DEFAULT_INFLATED_BYTES,
+    inflated: InflatedCache | None = None,
 ) -> Vmdk:
     """Open the VMDK whose descriptor, or sparse extent, is in `storage`.
 
@@ -118,7 +118,7 @@ async def open_vmdk(
         backing: The parent: as the descriptor says, none, or this one, whose content ID is not
             checked then.
         cache: Where tables are kept; None: a cache of its own.
-        inflated_bytes: Bytes of inflated grains that are kept.
+        inflated: Where inflated grains are kept; None: a cache of its own.
 
     Raises:
         FormatError: Not a VMDK, truncated, or with fields that cannot be right.
@@ -132,7 +132,7 @@ async def open_vmdk(
     header, descriptor, descriptor_offset = await _read_descriptor(storage)
     if writable:
         _check_writing(header, descriptor, name)
-    assembly = _Assembly(opener, cache, GrainCache(inflated_bytes), name)
+    assembly = _Assembly(opener, cache, inflated or InflatedCache(), name)
     parent: FormatAccess | None = None
     try:
         if header is not None:
@@ -230,11 +230,11 @@ class _Assembly:
     """Puts extents together; knows what it opened for that."""
 
     def __init__(
-        self, opener: Opener, cache: MetadataCache, grains: GrainCache, name: str | None
+        self, opener: Opener, cache: MetadataCache, inflated: InflatedCache, name: str | None
     ) -> None:
         self._opener = opener
         self._cache = cache
-        self._grains = grains
+        self._inflated = inflated
         self._name = name
         self._storages: dict[str, Storage] = {}
         self._end = 0
@@ -301,7 +301,7 @@ class _Assembly:
                     storage,
                     header,
                     cache=self._cache,
-                    grains=self._grains,
+                    inflated=self._inflated,
                     type_name=type_name,
                 )
             )

@@ -17,22 +17,14 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 from ...errors import CorruptImageError, FormatError, UnsupportedError
 from .descriptor import MAX_DESCRIPTOR_BYTES, MAX_DISK_BYTES, SECTOR
-
-_DAMAGED: tuple[type[Exception], ...]
-try:
-    from isal.isal_zlib import decompressobj
-    from isal.isal_zlib import error as _isal_error
-
-    _DAMAGED = (cast(type[Exception], _isal_error), zlib.error)
-except ImportError:  # no wheel for this machine: the standard library does the same, slower
-    from zlib import decompressobj  # type: ignore[assignment]
-
-    _DAMAGED = (zlib.error,)
 
 __all__ = [
     "ENTRY_BYTES",
@@ -296,6 +288,16 @@ def parse_grain_marker(data: bytes | memoryview, offset: int = 0) -> GrainMarker
     return GrainMarker(*_GRAIN_MARKER.unpack_from(data, offset))
 
 
+@cache
+def _inflate_library() -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
+    """What makes an inflater, and what that raises for damaged data."""
+    try:
+        isal = import_module("isal.isal_zlib")
+    except ImportError:  # no wheel for this machine: the standard library does the same, slower
+        return zlib.decompressobj, (zlib.error,)
+    return isal.decompressobj, (isal.error, zlib.error)
+
+
 def inflate_grain(deflated: bytes | memoryview, grain_bytes: int, needed_bytes: int) -> bytes:
     """Inflate one grain, with no more memory than a grain has.
 
@@ -307,11 +309,12 @@ def inflate_grain(deflated: bytes | memoryview, grain_bytes: int, needed_bytes: 
     Raises:
         CorruptImageError: It is no such stream, is cut off, or becomes too long or too short.
     """
+    decompressobj, damaged = _inflate_library()
     inflater = decompressobj()
     try:
         # One byte more than there may be: so the end of the stream is met, or it is too long.
-        inflated = inflater.decompress(deflated, grain_bytes + 1)
-    except _DAMAGED as exc:
+        inflated: bytes = inflater.decompress(deflated, grain_bytes + 1)
+    except damaged as exc:
         raise CorruptImageError(f"its deflated data is damaged ({exc})") from None
     if len(inflated) > grain_bytes:
         raise CorruptImageError(f"it inflates to more than {grain_bytes} bytes")
