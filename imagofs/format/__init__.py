@@ -52,6 +52,11 @@ def probe_format(first_bytes: bytes) -> str:
     """The format of a file that begins with `first_bytes` (some KiB); "raw" for anything else."""
     if first_bytes[:4] == b"QFI\xfb":
         return "qcow2"
-    if first_bytes[:4] in (b"KDMV", b"COWD") or b"# Disk DescriptorFile" in first_bytes[:512]:
+    if first_bytes.startswith((b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")):
         return "vmdk"
+    if b"version" in first_bytes.lower():  # so for every descriptor, and hardly for a disk
+        from .vmdk.descriptor import looks_like_descriptor
+
+        if looks_like_descriptor(first_bytes):
+            return "vmdk"
     return "raw"

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagofs.errors import EncryptedImageError, FormatError, ImagofsError, UnsupportedError
+from imagofs.format import probe_format
+from imagofs.format.vmdk import Vmdk
 from imagofs.format.vmdk.descriptor import (
     MAX_DESCRIPTOR_BYTES,
     MAX_DISK_BYTES,
@@ -19,7 +21,7 @@ from imagofs.format.vmdk.descriptor import (
     looks_like_descriptor,
     parse_descriptor,
 )
-from tests.vmdk.build import pack_descriptor
+from tests.vmdk.build import pack_descriptor, pack_header
 
 # As hosted products write it, with carriage returns, blanks and things that nobody needs here.
 VERBOSE = b"""# Disk DescriptorFile\r
@@ -296,3 +298,21 @@ def test_any_bytes_are_parsed_or_refused(data):
         if descriptor.cid_field is not None:
             field = descriptor.cid_field
             assert int(text[field.position :][: field.digits], 16) == descriptor.cid
+
+
+@pytest.mark.parametrize(
+    ("first_bytes", "expected"),
+    [
+        (VERBOSE, "vmdk"),
+        (b"\n# made by hand\nversion=1\nCID=1\n", "vmdk"),
+        (pack_header(), "vmdk"),
+        (b"COWD" + bytes(508), "vmdk"),
+        (b"\xbe\xba\xfe\xca" + bytes(508), "vmdk"),
+        (b"\xca\xfe\xba\xbe" + bytes(508), "raw"),
+        (bytes(100) + VERBOSE, "raw"),
+        (b"#!/bin/sh\necho version=1\n", "raw"),
+    ],
+)
+def test_probing(first_bytes, expected):
+    assert probe_format(first_bytes[:4096]) == expected
+    assert Vmdk.probe(first_bytes[:4096]) is (expected == "vmdk")
