@@ -296,8 +296,7 @@ async def _open_layer(
     from .access import FormatAccess
 
     if format_name is None:
-        first = bytearray(min(_PROBE_BYTES, storage.size()))
-        await storage.readv([memoryview(first)], 0)
+        first = await storage.read_table(min(_PROBE_BYTES, storage.size()), 0)
         format_name = probe_format(bytes(first))
         if format_name == "raw" and writable:
             raise FormatError(

@@ -223,6 +223,14 @@ class Storage(ABC):
 
             await bounce.readv(self, views, offset)
 
+    async def read_table(self, length: int, offset: int) -> bytearray:
+        """`length` bytes from `offset` on, in line if that needs no waiting: for metadata."""
+        data = bytearray(length)
+        view = memoryview(data)
+        if length and self.readv_nowait((view,), offset) != length:
+            await self.readv([view], offset)
+        return data
+
     async def writev(self, views: Sequence[memoryview], offset: int) -> None:
         """Write the flat `views` at `offset`. Any alignment; past the end the storage grows.
 

@@ -89,8 +89,7 @@ async def read_bitmaps(storage: Storage, header: Header) -> list[Bitmap]:
         raise FormatError(
             "the bitmap directory reaches past the end of the file", filename=storage.filename
         )
-    directory = bytearray(extension.directory_size)
-    await storage.readv([memoryview(directory)], extension.directory_offset)
+    directory = await storage.read_table(extension.directory_size, extension.directory_offset)
     return parse_bitmaps(bytes(directory), extension.count, storage.filename)
 
 

@@ -125,8 +125,7 @@ class L2Tables:
             if place == 0:
                 return None
             flushes = self.flushes
-            data = bytearray(self.slice_bytes)
-            await self._storage.readv([memoryview(data)], place)
+            data = await self._storage.read_table(self.slice_bytes, place)
             # Meanwhile somebody may have loaded it, changed it, or moved the table.
             found = self.slice_nowait(number)
             if found is not None:

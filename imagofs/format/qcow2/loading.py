@@ -38,11 +38,11 @@ async def read_header(storage: Storage, *, encrypted_too: bool = False) -> Heade
         FormatError, UnsupportedError: As `parse_header`.
         StorageError: It cannot be read.
     """
-    data = await _read(storage, 0, min(_USUAL_CLUSTER, storage.size()))
+    data = await storage.read_table(min(_USUAL_CLUSTER, storage.size()), 0)
     cluster_bits = int.from_bytes(data[20:24], "big")
     if 16 < cluster_bits <= MAX_CLUSTER_BITS and len(data) == _USUAL_CLUSTER:
         # Only a header with long extensions needs more; a name may be anywhere in the cluster.
-        data = await _read(storage, 0, min(1 << cluster_bits, storage.size()))
+        data = await storage.read_table(min(1 << cluster_bits, storage.size()), 0)
     header = parse_header(bytes(data), storage.filename, encrypted_too=encrypted_too)
     size = storage.size()
     for name, offset, length in (
@@ -59,16 +59,8 @@ async def read_header(storage: Storage, *, encrypted_too: bool = False) -> Heade
     return header
 
 
-async def _read(storage: Storage, host_offset: int, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    if length and storage.readv_nowait((view,), host_offset) != length:
-        await storage.readv([view], host_offset)
-    return data
-
-
 async def _read_table(storage: Storage, host_offset: int, entries: int) -> array[int]:
-    return from_big_endian(await _read(storage, host_offset, entries * 8))
+    return from_big_endian(await storage.read_table(entries * 8, host_offset))
 
 
 async def load(

@@ -126,8 +126,7 @@ class Refcounts:
             )
         while self._block_nowait(index) is None:
             flushes = self.flushes
-            data = bytearray(self._cluster_size)
-            await self._storage.readv([memoryview(data)], offset)
+            data = await self._storage.read_table(self._cluster_size, offset)
             if self._block_nowait(index) is None and self.flushes == flushes:
                 self._cache.put(self._namespace + index, unpack_refcounts(data, self._bits))
 

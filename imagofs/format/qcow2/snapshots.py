@@ -129,9 +129,8 @@ async def read_snapshots(storage: Storage, header: Header) -> list[Snapshot]:
     data = bytearray()
     limit = min(_MAX_TABLE_BYTES, max(0, storage.size() - header.snapshots_offset))
     while True:
-        chunk = bytearray(min(_CHUNK + len(data), limit - len(data)))
-        await storage.readv([memoryview(chunk)], header.snapshots_offset + len(data))
-        data += chunk
+        length = min(_CHUNK + len(data), limit - len(data))
+        data += await storage.read_table(length, header.snapshots_offset + len(data))
         try:
             return parse_snapshots(
                 bytes(data), header.snapshot_count, header.size, storage.filename
