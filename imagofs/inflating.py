@@ -37,8 +37,8 @@ __all__ = [
     "InflateError",
     "InflateThreads",
     "InflatedCache",
+    "deflate_library",
     "inflate_deflate",
-    "inflate_zlib",
     "inflate_zstd",
 ]
 
@@ -69,27 +69,9 @@ def inflate_deflate(data: Buffer, length: int) -> bytes:
     Raises:
         InflateError: The stream is broken or ends earlier.
     """
-    return _inflate(-zlib.MAX_WBITS, data, length)
-
-
-def inflate_zlib(data: Buffer, length: int) -> bytes:
-    """Inflate deflate in a zlib wrapper (RFC 1950).
-
-    Args:
-        data: The stream; what follows its end is ignored.
-        length: Bytes to make, above zero. A stream that goes on is cut there, and its checksum is
-            not looked at then.
-
-    Raises:
-        InflateError: The stream is broken or ends earlier.
-    """
-    return _inflate(zlib.MAX_WBITS, data, length)
-
-
-def _inflate(window_bits: int, data: Buffer, length: int) -> bytes:
-    decompressobj, broken = _deflate_library()
+    decompressobj, broken = deflate_library()
     try:
-        inflated: bytes = decompressobj(window_bits).decompress(data, length)
+        inflated: bytes = decompressobj(-zlib.MAX_WBITS).decompress(data, length)
     except broken as exc:
         raise InflateError(f"broken deflate stream ({exc})") from None
     if len(inflated) != length:
@@ -98,8 +80,8 @@ def _inflate(window_bits: int, data: Buffer, length: int) -> bytes:
 
 
 @cache
-def _deflate_library() -> tuple[Callable[[int], Any], tuple[type[Exception], ...]]:
-    """The function that makes an inflater, and what that raises for broken streams."""
+def deflate_library() -> tuple[Callable[[int], Any], tuple[type[Exception], ...]]:
+    """`decompressobj` of the fastest library there is, and what that raises for broken streams."""
     try:
         isal = import_module("isal.isal_zlib")
     except ImportError:
@@ -118,7 +100,7 @@ def inflate_zstd(data: Buffer, length: int) -> bytes:
         InflateError: A frame is broken, or they end earlier or later.
         UnsupportedError: No library is installed.
     """
-    library = _zstd_library()
+    library = zstd_library()
     try:
         whole = library.whole_frame(data, length)
         if whole is not None:
@@ -190,7 +172,7 @@ class _Zstd(NamedTuple):
 
 
 @cache
-def _zstd_library() -> _Zstd:
+def zstd_library() -> _Zstd:
     try:
         return _with_zstandard(import_module("zstandard"))
     except ImportError:
