@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import qemu
+
+# Where /tmp is a tmpfs (Debian 13's default), tests would miss what a disk's file system does:
+# O_DIRECT, a page cache that can be dropped, RWF_NOWAIT, a size limit. /var/tmp is on a disk.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
 
 # Machines differ in speed: time limits are pytest-timeout's business, not hypothesis'.
 settings.register_profile(
