@@ -126,6 +126,8 @@ async def create_qcow2(
     used: dict[tuple[int, int], str] = {}
     try:
         # First without the size, so that nothing is opened for what cannot be.
+        if size is not None and size < 0:
+            raise OutOfRangeError(f"a disk of {size} bytes")
         parameters = Parameters(size=_round_up(size or 0), **chosen)
         parameters.check()
         _check_name(parameters.data_file)
@@ -209,7 +211,7 @@ def _name(image: str | os.PathLike[str] | Storage) -> str | None:
 
 
 def _round_up(size: int) -> int:
-    """A size as a disk has it: whole sectors. Negative ones stay wrong."""
+    """A size as a disk has it: whole sectors."""
     return -(-size // _SECTOR) * _SECTOR
 
 

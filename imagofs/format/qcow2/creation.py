@@ -17,7 +17,7 @@ from ...errors import OutOfRangeError, UnsupportedError
 from ...storage.base import PreallocateMode, Storage
 from ...storage.file import FileStorage
 from ...vectors import zero_views
-from .entries import COPIED, pack_refcounts, to_big_endian, unpack_refcounts
+from .entries import COPIED, to_big_endian
 from .header import (
     COMPRESSION_NAMES,
     COMPRESSION_TYPE,
@@ -357,18 +357,25 @@ def _tables(layout: Layout) -> Iterator[bytes]:
 
 def _refcount_blocks(layout: Layout) -> Iterator[bytes]:
     header = layout.header
-    counts = unpack_refcounts(bytes(header.cluster_size), header.refcount_bits)
+    per_block = header.cluster_size * 8 // header.refcount_bits
     left = layout.clusters
-    one = counts[:1]
-    one[0] = 1
-    full = pack_refcounts(one * len(counts), header.refcount_bits)
+    full = _ones(per_block, header.refcount_bits)
     for _ in range(layout.blocks):
-        if left >= len(counts):
+        if left >= per_block:
             yield full
         else:
-            part = one * left + counts[left:]
-            yield pack_refcounts(part, header.refcount_bits)
-        left -= len(counts)
+            yield _padded(_ones(left, header.refcount_bits), header.cluster_size)
+        left -= per_block
+
+
+def _ones(number: int, bits: int) -> bytes:
+    """Refcounts of 1, `number` of them, as a block has them."""
+    if bits >= 8:
+        return (1).to_bytes(bits // 8, "big") * number
+    # Within a byte the lowest bits belong to the first cluster.
+    whole = sum(1 << shift for shift in range(0, 8, bits))
+    full_bytes, rest = divmod(number, 8 // bits)
+    return bytes([whole]) * full_bytes + (bytes([whole & (1 << rest * bits) - 1]) if rest else b"")
 
 
 def _l2_tables(layout: Layout) -> Iterator[bytes]:
