@@ -100,6 +100,8 @@ async def test_writes_across_extents_stay_in_them(tmp_path):
 async def test_zeroes_may_be_written_where_they_are(tmp_path):
     model = flat_disk(tmp_path)
     async with FormatAccess(await open_folder_vmdk(tmp_path / "disk.vmdk", writable=True)) as image:
+        await image.write_zeroes(ZEROES.start, len(ZEROES))
+        assert content_id(tmp_path) == "12345678"  # nothing was changed
         start, stop = 250 * SECTOR + 7, 290 * SECTOR + 5
         await image.write_zeroes(start, stop - start)
         model[start:stop] = bytes(stop - start)

@@ -255,7 +255,8 @@ class Vmdk(FormatDriver):
 
     async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool = False) -> None:
         pieces = self._writable_pieces(guest_offset, length, zeroes=not allocate)
-        await self._announce_change()
+        if pieces:
+            await self._announce_change()
         async with self._locks.hold(guest_offset, guest_offset + length):
             for extent, offset, piece_length in pieces:
                 storage, host_offset = _place_in_storage(extent, offset)
@@ -273,7 +274,8 @@ class Vmdk(FormatDriver):
                 "a flat VMDK extent cannot show a layer below", filename=self.filename
             )
         pieces = self._writable_pieces(guest_offset, length, zeroes=True)
-        await self._announce_change()
+        if pieces:
+            await self._announce_change()
         async with self._locks.hold(guest_offset, guest_offset + length):
             for extent, offset, piece_length in pieces:
                 storage, host_offset = _place_in_storage(extent, offset)
