@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .access import FormatAccess
     from .fuse.control import ControlSocket
+    from .fuse.disk import ImageStatus
     from .fuse.operations import Shown
     from .fuse.session import Session
 
@@ -251,19 +252,19 @@ class _Daemon:
         session.mount()
         return session
 
-    def _shown(self, image: os.stat_result) -> Shown:
+    def _shown(self, image: ImageStatus) -> Shown:
         """How the file appears: as the image, but never without use for who mounted it."""
         from .fuse.operations import Shown
 
         options = self.options
         user = os.geteuid()
         own = 0o600 if options.writable else 0o400
-        mode = image.st_mode & 0o666 | own if options.mode is None else options.mode
+        mode = image.mode & 0o666 | own if options.mode is None else options.mode
         name = options.name or default_name(self.image)
         return Shown(
             name=None if self._is_file else os.fsencode(name),
-            uid=(user or image.st_uid) if options.uid is None else options.uid,
-            gid=image.st_gid if options.gid is None else options.gid,
+            uid=(user or image.uid) if options.uid is None else options.uid,
+            gid=image.gid if options.gid is None else options.gid,
             mode=mode if options.writable else mode & 0o555,
             direct_io=options.direct_io,
         )

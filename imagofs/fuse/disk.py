@@ -18,7 +18,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable
 from itertools import count
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -28,7 +28,7 @@ from .errors import Refusal
 if TYPE_CHECKING:
     from ..access import FormatAccess
 
-__all__ = ["Disk"]
+__all__ = ["Disk", "ImageStatus"]
 
 KEEP_SIZE: Final = 1
 PUNCH_HOLE: Final = 2
@@ -41,6 +41,17 @@ _LOOKUPS_PER_TURN = 64
 _SEEK_ATTEMPTS = 16
 
 Launder = Callable[[int, int], Awaitable[None]]
+
+
+class ImageStatus(NamedTuple):
+    """Owner, permission bits and times (nanoseconds) of an image's file."""
+
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o600
+    atime_ns: int = 0
+    mtime_ns: int = 0
+    ctime_ns: int = 0
 
 
 class Disk:
@@ -73,10 +84,20 @@ class Disk:
         """Allocated space in blocks of 512 bytes, never more than a file without holes has."""
         return min(self.access.allocated_bytes() // 512, -(-self.size // 512))
 
-    def image_status(self) -> os.stat_result:
-        """fstat(2) of the top image's file; zeroes where it has none."""
+    def image_status(self) -> ImageStatus:
+        """What the top image's own file says of itself; a plain default where it has no file."""
         fileno = getattr(self.access.driver.storages[0], "fileno", None)
-        return os.stat_result((0,) * 10) if fileno is None else os.fstat(fileno())
+        if fileno is None:
+            return ImageStatus()
+        found = os.fstat(fileno())
+        return ImageStatus(
+            uid=found.st_uid,
+            gid=found.st_gid,
+            mode=found.st_mode & 0o777,
+            atime_ns=found.st_atime_ns,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
+        )
 
     # --- handles ------------------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ class Operations(pyfuse3.Operations):
             now = self._attributes(inode)
             atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
             mtime = attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns
-            self._times = (atime, mtime, self.disk.image_status().st_mtime_ns)
+            self._times = (atime, mtime, self.disk.image_status().mtime_ns)
         return self._attributes(inode)
 
     def _attributes(self, inode: int) -> EntryAttributes:
@@ -179,13 +179,13 @@ class Operations(pyfuse3.Operations):
         entry.entry_timeout = _FOREVER
         entry.attr_timeout = _WRITABLE_SECONDS if self.disk.writable else _FOREVER
         image = self.disk.image_status()
-        entry.st_atime_ns, entry.st_mtime_ns = image.st_atime_ns, image.st_mtime_ns
-        entry.st_ctime_ns = image.st_ctime_ns
+        entry.st_atime_ns, entry.st_mtime_ns = image.atime_ns, image.mtime_ns
+        entry.st_ctime_ns = image.ctime_ns
         if inode == self.file_inode:
             entry.st_mode = stat.S_IFREG | shown.mode
             entry.st_size = self.disk.size
             entry.st_blocks = self.disk.blocks()
-            if self._times is not None and self._times[2] == image.st_mtime_ns:
+            if self._times is not None and self._times[2] == image.mtime_ns:
                 entry.st_atime_ns, entry.st_mtime_ns, _ = self._times
         elif inode == ROOT:
             entry.st_mode = stat.S_IFDIR | 0o555

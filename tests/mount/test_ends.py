@@ -177,9 +177,7 @@ def test_bind_mounts_end_with_it(both: Both, raw_image: Path, tmp_path: Path) ->
 
 def test_loop_device_keeps_it_busy(mount: MountImage, raw_image: Path) -> None:
     mounted = mount(raw_image, "rw", "format=raw")
-    device = subprocess.check_output(
-        ["losetup", "-f", "--show", mounted.file], text=True
-    ).strip()
+    device = subprocess.check_output(["losetup", "-f", "--show", mounted.file], text=True).strip()
     try:
         done = imagofs("umount", mounted.path, ok=1)
         assert device in done.stderr
