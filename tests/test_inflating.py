@@ -468,7 +468,11 @@ async def test_what_is_waited_for_overtakes() -> None:
     gate = threading.Event()
     order: list[str] = []
     finished = trio.Event()
-    threads.submit(lambda: None if gate.wait(10) else None, lambda: None, urgent=False)
+
+    def block() -> None:
+        gate.wait(10)
+
+    threads.submit(block, lambda: None, urgent=False)
     threads.submit(lambda: order.append("ahead"), finished.set, urgent=False)
     threads.submit(lambda: order.append("wanted"), lambda: None, urgent=True)
     gate.set()
