@@ -72,7 +72,7 @@ class InlineStorage(Storage):
             return self._readv_refused(views, offset, error)
         if offset + done < self._size:
             return done
-        return self._readv_at_end(views, offset, done)
+        return self._readv_at_end(views, offset)
 
     def _readv_refused(self, views: Sequence[memoryview], offset: int, error: Exception) -> int:
         if isinstance(error, OSError):
@@ -97,7 +97,7 @@ class InlineStorage(Storage):
             self._judge_read(taken, done)
         if offset + done < self._size:
             return done
-        return self._readv_at_end(views, offset, done)
+        return self._readv_at_end(views, offset)
 
     def _judge_read(self, taken: float, length: int) -> None:
         """Pause in-line reads if slow ones (in seconds) pile up."""
@@ -109,11 +109,10 @@ class InlineStorage(Storage):
             self._slow_reads = 0
             self._read_inline_from = _monotonic() + PAUSE
 
-    def _readv_at_end(self, views: Sequence[memoryview], offset: int, done: int) -> int:
-        """Fill with zeroes what lies behind the end, once all before it is there."""
-        inside = max(0, min(self._size - offset, total := total_length(views)))
-        if done < inside:
-            return done
+    def _readv_at_end(self, views: Sequence[memoryview], offset: int) -> int:
+        """All up to the end is there: fill with zeroes what lies behind it."""
+        total = total_length(views)
+        inside = max(0, self._size - offset)
         if inside < total:
             fill_views(split_views([*views], inside)[1])
         return total

@@ -96,6 +96,19 @@ async def test_open_refuses_what_is_no_file_without_blocking(tmp_path):
                     await FileStorage.create(path, StorageCreateOptions(overwrite=True))
 
 
+@pytest.mark.timeout(20)
+def test_a_fifo_that_comes_in_between_does_not_block(tmp_path, monkeypatch):
+    """The look before the open saw a file; the open meets a FIFO."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "file").write_bytes(b"")
+    seen = os.stat(tmp_path / "file")
+    monkeypatch.setattr(os, "stat", lambda path: seen)
+    for options in (StorageOpenOptions(), WRITABLE):
+        with pytest.raises(StorageError, match="a FIFO"):
+            FileStorage.open_now(fifo, options)
+
+
 async def test_open_errors_name_the_file_and_the_errno(tmp_path):
     for path, number in [
         (tmp_path / "missing", errno.ENOENT),
