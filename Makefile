@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest lint format typecheck setup clean distclean
+.PHONY: help demo test pytest crash lint format typecheck setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -37,6 +37,10 @@ setup: ## install what the tests need, no more
 pytest: ## the tests alone, with ARGS="..." for pytest
 pytest: setup
 	$(PYTEST) $(ARGS)
+
+crash: ## try what power cuts leave of images: 100,000 of them, CRASH="--seed 7 --images 1000000"
+crash: setup
+	$(PY) -m tests.trust.crash $(CRASH)
 
 lint: ## ruff: rules and format
 lint: setup
