@@ -271,9 +271,9 @@ class CompressedClusters:
                 continue
             if not jobs:
                 return found
-            for job in jobs:
+            for job, clusters in jobs.items():
                 await job.done.wait()
-                self._collect(job, first, last, found, job in own)
+                self._collect(job, clusters, found, job in own)
 
     def _look_up(
         self,
@@ -281,7 +281,7 @@ class CompressedClusters:
         found: dict[int, bytes],
         own: set[_Job],
         loaded: tuple[int, int] | None,
-    ) -> tuple[list[_Job], int | None]:
+    ) -> tuple[dict[_Job, list[int]], int | None]:
         """Find clusters, and begin to inflate those that nobody inflates yet. A plain function.
 
         Args:
@@ -291,9 +291,10 @@ class CompressedClusters:
             loaded: A cluster and its descriptor, just loaded.
 
         Returns:
-            The jobs to wait for, and a cluster whose descriptor must be loaded first, if any.
+            The jobs to wait for with the clusters to take from each (it may have others whose
+            mapping has changed since), and a cluster whose descriptor must be loaded first, if any.
         """
-        jobs: dict[_Job, None] = {}  # a set that keeps its order
+        jobs: dict[_Job, list[int]] = {}
         pieces: list[_Piece] = []
         waiting_from = clusters.start
         for cluster in clusters:
@@ -308,40 +309,39 @@ class CompressedClusters:
                 job.wanted.add(cluster)
                 if not jobs:
                     waiting_from = cluster
-                jobs[job] = None
+                jobs.setdefault(job, []).append(cluster)
                 continue
             if loaded is not None and loaded[0] == cluster:
                 entry: int | None = loaded[1]
             else:
                 entry = self._descriptor_nowait(cluster)
             if entry is None:
-                return [], cluster
+                return {}, cluster
             pieces.append(self._piece(cluster, entry))
         if pieces:
             begun = self._begin(pieces, wanted=True)
             own.update(begun)
-            jobs.update(dict.fromkeys(begun))
+            jobs.update((job, [piece.cluster for piece in job.pieces]) for job in begun)
             waiting_from = pieces[0].cluster
         if jobs:
             count = clusters.stop - waiting_from
             self._read_ahead(waiting_from, count, missed=bool(pieces))
-        return list(jobs), None
+        return jobs, None
 
     def _collect(
-        self, job: _Job, first: int, last: int, found: dict[int, bytes], is_own: bool
+        self, job: _Job, clusters: list[int], found: dict[int, bytes], is_own: bool
     ) -> None:
-        """Enter what `job` inflated into `found`.
+        """Enter what `job` inflated of `clusters` into `found`.
 
         Errors of a job that another reader, or nobody, asked for are not raised: this reader then
         begins a job of its own.
         """
-        for cluster, place in job.pieces:
-            if not first <= cluster <= last:
-                continue
+        for cluster in clusters:
             result = job.results.get(cluster)
             if isinstance(result, bytes):
-                found.setdefault(cluster, result)
+                found[cluster] = result
             elif is_own and isinstance(result, InflateError):
+                place = next(piece.place for piece in job.pieces if piece.cluster == cluster)
                 raise self._corrupt(cluster, place.host_offset, str(result))
             elif is_own:
                 raise result or job.error or MemoryError("no cluster could be inflated")
