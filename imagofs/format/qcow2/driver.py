@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
+import trio
+
 from ...errors import CorruptImageError, ImagofsError
 from ...gate import ImplicitOpenGate
 from ...inflating import InflatedCache
@@ -77,7 +79,8 @@ class Qcow2(FormatDriver):
         self.data_storages = (metadata.data_storage,)
         self._storage = metadata.storage
         self._data_storage = metadata.data_storage
-        self._size = size
+        self._size = self._reach = size
+        self.resizing = trio.Lock()
         self._l2 = metadata.l2
         self._version = header.version
         self._cluster_bits = header.cluster_bits
@@ -185,6 +188,19 @@ class Qcow2(FormatDriver):
         return self._size
 
     @property
+    def reach(self) -> int:
+        """Bytes for which there may be mappings: `size()`, but more while that is changed."""
+        return self._reach
+
+    def set_sizes(self, size: int, reach: int) -> None:
+        """Set `size()` and `reach`. A plain function."""
+        changed = max(self._reach, reach, 1)
+        self._size, self._reach = size, reach
+        if self._writer is not None:
+            self._writer.reach_changed(reach)
+        self._changed(0, changed)
+
+    @property
     def storages(self) -> tuple[Storage, ...]:
         if self._data_storage is self._storage:
             return (self._storage,)
@@ -231,7 +247,7 @@ class Qcow2(FormatDriver):
         return bool(host_offset & self._cluster_size - 1 or host_offset >= self._storage.size())
 
     async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:
-        length = min(max_length, self._size - guest_offset)
+        length = min(max_length, self._reach - guest_offset)
         if length <= 0:
             return EofMapping()
         l2 = self._l2
@@ -325,7 +341,7 @@ class Qcow2(FormatDriver):
     async def _descriptor(self, guest_cluster: int) -> int:
         l2 = self._l2
         guest_offset = guest_cluster << self._cluster_bits
-        if guest_offset >= self._size:
+        if guest_offset >= self._reach:
             return 0
         table = await l2.load_slice(guest_offset >> l2.slice_bits)
         if table is None:
@@ -350,7 +366,7 @@ class Qcow2(FormatDriver):
     def may_write_in_place(self, allowed: bool) -> None:
         """Let `entry_at` call clusters IN_PLACE, or no longer. A plain function."""
         self._in_place = IN_PLACE if allowed else 0
-        self._changed(0, max(self._size, 1))
+        self._changed(0, max(self._reach, 1))
 
     def mapping_changed(self, guest_offset: int, length: int) -> None:
         """Tell everybody that a mapping changed. A plain function."""
@@ -385,7 +401,11 @@ class Qcow2(FormatDriver):
         return await self._writing().ensure_data_mapping(guest_offset, length, overwrite=overwrite)
 
     async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
-        raise self._read_only()
+        writer = self._writing()
+        from .resizing import resize
+
+        async with self.resizing:
+            await resize(self, writer, size, preallocate)
 
     # --- durability ---------------------------------------------------------------------------
 
@@ -414,7 +434,7 @@ class Qcow2(FormatDriver):
         self._compressed.forget_all()
         for storage in self.storages:
             await storage.invalidate_cache()
-        self._changed(0, max(self._size, 1))
+        self._changed(0, max(self._reach, 1))
 
     async def close(self) -> None:
         await self._compressed.close()

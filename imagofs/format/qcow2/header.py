@@ -169,6 +169,11 @@ class Header:
         return self.cluster_bits - (4 if self.extended_l2 else 3)
 
     @property
+    def l1_clusters(self) -> int:
+        """Host clusters that the L1 table takes."""
+        return self.l1_entries * 8 + self.cluster_size - 1 >> self.cluster_bits
+
+    @property
     def l1_entries_needed(self) -> int:
         """L1 entries that the disk's size takes."""
         shift = self.cluster_bits + self.l2_bits

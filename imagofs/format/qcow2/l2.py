@@ -176,6 +176,15 @@ class L2Tables:
         self.l1[index] = host_offset | COPIED
         self.dirty_l1.add(index)
 
+    def drop_table(self, index: int) -> None:
+        """Clear an L1 entry whose table maps nothing any more, and forget the table."""
+        first = index << self._slices_per_table_bits
+        for number in range(first, first + (1 << self._slices_per_table_bits)):
+            self.dirty.pop(number, None)
+            self.cache.drop(self.namespace + number)
+        self.l1[index] = 0
+        self.dirty_l1.add(index)
+
     def encoded(self, number: int) -> bytes:
         """A changed slice's bytes as the file has them."""
         return to_big_endian(self.dirty[number])

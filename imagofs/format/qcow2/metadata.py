@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -286,6 +287,20 @@ class Metadata:
                 f"and nothing more is written until the image is opened anew"
             )
             self.check_alive()
+
+    @asynccontextmanager
+    async def settled(self) -> AsyncIterator[None]:
+        """Make everything durable, and let nobody else flush while the block runs.
+
+        Tables may go on changing in memory. Only in such a block the header is changed.
+
+        Raises:
+            As `flush`.
+        """
+        async with self._flushing:
+            self.check_alive()
+            await self._flush(durable=True)
+            yield
 
     async def sync_now(self) -> None:
         """Make durable what was written by `write`, outside of a flush.

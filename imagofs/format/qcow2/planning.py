@@ -106,10 +106,14 @@ class Planner:
         self._cluster_size = header.cluster_size
         self._extended = header.extended_l2
         self._data_file = header.has_data_file
-        # A data file has no more bytes than the disk; an image file has whole clusters.
-        self._end = header.size if header.has_data_file else 1 << 64
+        self.set_reach(header.size)
         self._subcluster_size = header.cluster_size // SUBCLUSTERS
         self._filename = metadata.storage.filename
+
+    def set_reach(self, reach: int) -> None:
+        """Say where the last cluster that is written ends."""
+        # A data file has no more bytes than the disk; an image file has whole clusters.
+        self._end = reach if self._data_file else 1 << 64
 
     # --- what is there --------------------------------------------------------------------------
 

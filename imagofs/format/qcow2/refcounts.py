@@ -181,6 +181,27 @@ class Refcounts:
             self._cache.put(self._namespace + index, block)
         self._virgin = max(self._virgin, used_up_to)
 
+    def add_blocks(self, blocks: dict[int, array[int]], first: int, used_up_to: int) -> None:
+        """Enter new blocks that lie behind each other and that the caller writes.
+
+        Args:
+            blocks: The blocks by their indexes, which are consecutive.
+            first: The number of the first one's cluster.
+            used_up_to: The number of the cluster behind those that they count.
+        """
+        for number, (index, block) in enumerate(blocks.items()):
+            self.table[index] = first + number << self._cluster_bits
+            # Held here until the next flush: what is not on disk yet must not be forgotten.
+            self.blocks[index] = block
+        self._virgin = max(self._virgin, used_up_to)
+        self.allocated += used_up_to - first
+
+    def are_not_written(self, blocks: Iterable[int]) -> None:
+        """Leave blocks of `add_blocks` to the next flush: writing them failed."""
+        for index in blocks:
+            self.new_blocks.add(index)
+            self.dirty_sectors[index] = set(range(self._cluster_size // _SECTOR))
+
     def sector_bytes(self, index: int, first: int, number: int) -> bytes:
         """`number` sectors of a changed block as the file has them."""
         per_sector = _SECTOR * 8 // self._bits
@@ -203,11 +224,7 @@ class Refcounts:
         if self._own and any(
             cluster in self._own for first, n in runs for cluster in range(first, first + n)
         ):
-            raise CorruptImageError(
-                "a cluster that holds metadata has a refcount of 0, so nothing is allocated; run "
-                "imagofs check",
-                filename=self._storage.filename,
-            )
+            raise self._uncounted_metadata()
         # From here on nothing may raise.
         del self._free[:used_free]
         self._cursor = max(self._cursor, cursor)
@@ -215,6 +232,38 @@ class Refcounts:
             self._take(first, count)
         self.allocated += number
         return runs
+
+    def allocate_run(self, number: int) -> HostRun | None:
+        """Take `number` host clusters behind each other; each gets the count 1.
+
+        Returns:
+            The run; None where no one block counts as many.
+
+        Raises:
+            As `allocate`.
+        """
+        if self.growing:
+            raise TableFull
+        if number >= self._block_entries:
+            return None
+        start = self._cursor
+        while True:
+            first, count = self._free_run(start, number)
+            if count == number:
+                break
+            start = first + count
+        if not self._own.isdisjoint(range(first, first + number)):
+            raise self._uncounted_metadata()
+        self._take(first, number)
+        self.allocated += number
+        return first, number
+
+    def _uncounted_metadata(self) -> CorruptImageError:
+        return CorruptImageError(
+            "a cluster that holds metadata has a refcount of 0, so nothing is allocated; run "
+            "imagofs check",
+            filename=self._storage.filename,
+        )
 
     def _find(self, number: int) -> tuple[list[HostRun], int, int]:
         """Free runs of `number` clusters together, the cursor behind them, free runs looked at."""

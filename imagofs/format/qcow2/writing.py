@@ -60,7 +60,15 @@ class Writer:
         """Whether guest data must not be written at `host_offset` of the image file."""
         return not self._data_file and self._metadata.is_own(host_offset)
 
+    def reach_changed(self, reach: int) -> None:
+        """The driver's `reach` is another one now."""
+        self._planner.set_reach(reach)
+
     # --- before the first change ----------------------------------------------------------------
+
+    async def prepare(self) -> None:
+        """See that the image may be changed, and that its header says so."""
+        await self._begin()
 
     async def _begin(self) -> None:
         """What comes before every change; see that writing goes on, and that memory is bounded."""
@@ -247,7 +255,7 @@ class Writer:
     async def read_current(self, views: list[memoryview], guest_offset: int) -> None:
         """What the guest reads now; past the end of the disk or of a layer below: zeroes."""
         length = total_length(views)
-        inside = min(length, self._driver.size() - guest_offset)
+        inside = min(length, self._driver.reach - guest_offset)
         if inside < length:
             views, tail = split_views(views, max(inside, 0))
             fill_views(tail)
@@ -277,7 +285,7 @@ class Writer:
     async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool) -> None:
         """See `FormatDriver.write_zeroes`."""
         if allocate:
-            await self._in_slices(guest_offset, length, self._allocate_zeroes)
+            await self._in_slices(guest_offset, length, self._allocate_zeroes, everywhere=True)
         else:
             await self._in_slices(guest_offset, length, self._zero)
 
@@ -290,14 +298,45 @@ class Writer:
         }[to]
         await self._in_slices(guest_offset, length, change)
 
-    async def _in_slices(
-        self, guest_offset: int, length: int, change: Callable[[int, int], Awaitable[None]]
+    async def map_zeroes(
+        self, guest_offset: int, length: int, reserve: Callable[[int, int], Awaitable[None]]
     ) -> None:
-        """Carry out a change slice by slice, each under its own lock."""
+        """Map a range to data that reads as zero.
+
+        Args:
+            guest_offset: Where it begins, in bytes.
+            length: Its length in bytes.
+            reserve: Makes a range of the storage with the data (host offset, length) read as zero.
+        """
+
+        async def change(start: int, stop: int) -> None:
+            plan = await self._plan(lambda: self._planner.write(start, stop - start, Source.ZERO))
+            try:
+                for piece in plan.pieces:
+                    await reserve(piece.host_offset, piece.length)
+                await self._commit_when_cached(plan)
+            except BaseException:
+                self._planner.give_up(plan)
+                raise
+
+        await self._in_slices(guest_offset, length, change, everywhere=True)
+
+    async def _in_slices(
+        self,
+        guest_offset: int,
+        length: int,
+        change: Callable[[int, int], Awaitable[None]],
+        *,
+        everywhere: bool = False,
+    ) -> None:
+        """Carry out a change slice by slice, each under its own lock.
+
+        Unless `everywhere`, what has no L2 table and nothing below is left as it is.
+        """
         end = guest_offset + length
         while guest_offset < end:
             await trio.lowlevel.checkpoint_if_cancelled()
-            if change != self._allocate_zeroes and self._is_untouched(guest_offset):
+            if not everywhere and self._is_untouched(guest_offset):
                 # No L2 table and nothing below: it reads as zero and takes no space.
                 guest_offset = self._table_end(guest_offset)
                 continue
@@ -349,7 +388,7 @@ class Writer:
         if self._data_file:
             # Punched before the entries are durable, a power cut would show zeroes as the guest's.
             await self._metadata.flush(durable=True)
-            length = min(last, self._driver.size()) - first
+            length = min(last, self._driver.reach) - first
             await self._data_storage.discard(first, length)
 
     async def _allocate_zeroes(self, start: int, stop: int) -> None:
@@ -389,7 +428,7 @@ class Writer:
     async def _punch_data_file(self, start: int, stop: int) -> None:
         """The data file changes first: read by itself it may be the guest's disk."""
         if self._data_file:
-            length = min(stop, self._driver.size()) - start
+            length = min(stop, self._driver.reach) - start
             await self._data_storage.write_zeroes(start, length)
 
     # --- mappings to write through ----------------------------------------------------------------
@@ -428,7 +467,7 @@ class Writer:
 
     def _whole(self, start: int, stop: int, unit: int) -> tuple[int, int]:
         # The last unit of the disk is whole if the range reaches the disk's end.
-        last = -(-stop // unit) if stop == self._driver.size() else stop // unit
+        last = -(-stop // unit) if stop == self._driver.reach else stop // unit
         return -(-start // unit) * unit, last * unit
 
     def _slice_end(self, guest_offset: int) -> int:
