@@ -103,10 +103,12 @@ def test_a_fifo_that_comes_in_between_does_not_block(tmp_path, monkeypatch):
     os.mkfifo(fifo)
     (tmp_path / "file").write_bytes(b"")
     seen = os.stat(tmp_path / "file")
-    monkeypatch.setattr(os, "stat", lambda path: seen)
+    before = open_descriptors()
     for options in (StorageOpenOptions(), WRITABLE):
-        with pytest.raises(StorageError, match="a FIFO"):
+        with monkeypatch.context() as patch, pytest.raises(StorageError, match="a FIFO"):
+            patch.setattr(os, "stat", lambda path: seen)
             FileStorage.open_now(fifo, options)
+    assert open_descriptors() == before
 
 
 async def test_open_errors_name_the_file_and_the_errno(tmp_path):
@@ -402,7 +404,10 @@ async def test_device_space_is_given_back(tmp_path):
 async def test_zeroes_where_no_call_makes_them(tmp_path, monkeypatch):
     """As on a file system without fallocate: zeroes are written, discards do nothing."""
 
+    calls = []
+
     def unknown(*arguments):
+        calls.append(arguments)
         raise OSError(errno.EOPNOTSUPP, "not known here")
 
     for name in ("punch_hole", "zero_range"):
@@ -414,7 +419,12 @@ async def test_zeroes_where_no_call_makes_them(tmp_path, monkeypatch):
             await storage.write_zeroes(10, 50_000)
             await storage.write_allocated_zeroes(99_990, 3_000_000)
             await storage.discard(60_000, 30_000)
+            known = len(calls)
+            await storage.write_zeroes(0, 5)  # nothing is asked for twice
+            await storage.discard(60_000, 30_000)
+            assert len(calls) == known
             assert storage.size() == 3_099_990
+            await storage.writev(views(b"x" * 5), 0)
         expected = b"x" * 10 + bytes(50_000) + b"x" * 49_980 + bytes(3_000_000)
         assert path.read_bytes() == expected
 
@@ -444,6 +454,17 @@ async def test_running_out_of_space(small_tmpfs):
         await storage.resize(0)
         await storage.writev(views(b"new"), 0)  # once there is room again
         assert await read(storage, 0, 3) == b"new"
+
+
+async def test_a_write_that_fails_half_way_has_grown_the_file(small_tmpfs):
+    path = small_tmpfs / "file"
+    path.write_bytes(b"")
+    async with await FileStorage.open(path, WRITABLE) as storage:
+        with pytest.raises(StorageError) as caught:
+            await storage.writev(views(b"y" * (1 << 20)), 0)
+        assert caught.value.errno == errno.ENOSPC
+        assert storage.size() == path.stat().st_size > 0
+        assert await read(storage, 0, 4096) == b"y" * 4096
 
 
 async def test_reads_while_it_shrinks(tmp_path):

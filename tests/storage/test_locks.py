@@ -1,5 +1,7 @@
 """qemu's image locks, with qemu-io on the other side."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from imagofs.errors import ClosedError, LockedError, errno_of
+from imagofs.errors import ClosedError, LockedError, UnsupportedError, errno_of
 from imagofs.storage import FileStorage, StorageOpenOptions
 from tests import qemu
 
@@ -160,6 +162,17 @@ async def test_a_lock_of_the_other_kind_names_its_process(image):
                 storage.lock(False)
         process.stdin.close()
     assert not qemu_refusal(image)
+
+
+async def test_a_file_system_without_such_locks(image, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    async with await FileStorage.open(image) as storage:
+        with monkeypatch.context() as patch, pytest.raises(UnsupportedError, match="No locks"):
+            patch.setattr(fcntl, "fcntl", refuse)
+            storage.lock(False)
+        storage.lock(False)
 
 
 async def test_locks_need_an_open_storage(image):
