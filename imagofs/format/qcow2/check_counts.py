@@ -2,7 +2,7 @@
 
 Both are kept in chunks, each an `array` that counts for (a part of) one refcount block, so that
 two chunks compare as two blocks of memory do. What has no chunk counts 0: a file that is large
-only in name takes no room.
+only in name takes no room. Where numpy does the counting there is one chunk for all clusters.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from ...storage.base import Storage
 from .entries import from_big_endian, unpack_refcounts
 from .header import Header
 
-__all__ = ["Counts", "StoredCounts", "chunk_bits", "read_bytes", "read_table"]
+__all__ = ["Counts", "StoredCounts", "read_bytes", "read_table"]
 
 _MAX_CHUNK_BITS = 15
+_FLAT_BITS = 62  # more clusters than a file can have
 _TYPE_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
-
-
-def chunk_bits(header: Header) -> int:
-    """log2 of the host clusters that a chunk counts."""
-    return min(_MAX_CHUNK_BITS, header.cluster_bits + 3 - header.refcount_order)
 
 
 async def read_bytes(storage: Storage, host_offset: int, length: int) -> bytearray:
@@ -48,27 +44,57 @@ class Counts:
     Args:
         header: The image's header.
         clusters: Host clusters that there are.
+        flat: Keep all counts in one chunk, which exists from the start.
     """
 
-    def __init__(self, header: Header, clusters: int) -> None:
+    def __init__(self, header: Header, clusters: int, *, flat: bool = False) -> None:
         self.clusters = clusters
-        self.bits = chunk_bits(header)
+        #: log2 of the clusters of a piece, which never reaches beyond a refcount block.
+        self.piece_bits = min(_MAX_CHUNK_BITS, header.cluster_bits + 3 - header.refcount_order)
+        #: log2 of the clusters of a chunk: a piece, or all.
+        self.bits = _FLAT_BITS if flat else self.piece_bits
         self.refcount_bits = header.refcount_bits
         self.maximum = (1 << header.refcount_bits) - 1
         self.typecode = _TYPE_CODES[max(8, header.refcount_bits)]
         self.chunks: dict[int, array[int]] = {}
         #: References beyond `maximum`, by host cluster.
         self.overflow: Counter[int] = Counter()
-        length = min(1 << self.bits, clusters)
+        # No run that is asked about is longer than a piece or an L2 table.
+        length = min(max(1 << self.piece_bits, header.cluster_size // 8), clusters)
         self._zeros = array(self.typecode, [0]) * length
         self._ones = array(self.typecode, [1]) * length
+        if flat:
+            self.chunks[0] = array(self.typecode, bytes(clusters * self._zeros.itemsize))
 
-    def zeros(self, number: int) -> array[int]:
-        """An empty chunk with the length of chunk `number`."""
-        return self._zeros[: min(1 << self.bits, self.clusters - (number << self.bits))]
+    @property
+    def flat(self) -> array[int] | None:
+        """The one chunk, if there is just one."""
+        return self.chunks[0] if self.bits == _FLAT_BITS else None
+
+    def starts(self) -> Iterator[int]:
+        """The first clusters of all pieces that are not all 0."""
+        flat = self.flat
+        if flat is None:
+            yield from (number << self.bits for number in self.chunks)
+            return
+        step = 1 << self.piece_bits
+        for start in range(0, self.clusters, step):
+            if flat[start : start + step] != self._zeros[: min(step, self.clusters - start)]:
+                yield start
+
+    def piece(self, start: int) -> array[int]:
+        """The counts of the piece that begins with the cluster `start`; not to be changed."""
+        chunk = self.chunks.get(start >> self.bits)
+        if chunk is None:
+            return self._zeros[: min(1 << self.piece_bits, self.clusters - start)]
+        return (
+            chunk if self.bits == self.piece_bits else chunk[start : start + (1 << self.piece_bits)]
+        )
 
     def get(self, cluster: int) -> int:
-        """The count of a cluster, at most `maximum`."""
+        """The count of a cluster, at most `maximum`; 0 behind the end of the file."""
+        if cluster >= self.clusters:
+            return 0
         chunk = self.chunks.get(cluster >> self.bits)
         return 0 if chunk is None else chunk[cluster & (1 << self.bits) - 1]
 
@@ -86,7 +112,7 @@ class Counts:
             high = min(end - (index << bits), 1 << bits)
             chunk = self.chunks.get(index)
             if chunk is None:
-                chunk = self.chunks[index] = self.zeros(index)
+                chunk = self.chunks[index] = self.piece(index << bits)
             if high - low == 1:
                 if chunk[low] or times > 1:
                     fresh = self._add_each(chunk, index, low, high, times) and fresh
@@ -148,8 +174,10 @@ class StoredCounts(Counts):
             known.
     """
 
-    def __init__(self, header: Header, clusters: int, table: array[int]) -> None:
-        super().__init__(header, clusters)
+    def __init__(
+        self, header: Header, clusters: int, table: array[int], *, flat: bool = False
+    ) -> None:
+        super().__init__(header, clusters, flat=flat)
         self.table = table
         self.unreadable: set[int] = set()
         self._cluster_mask = header.cluster_size - 1
@@ -169,7 +197,7 @@ class StoredCounts(Counts):
             offset = entry & ~511
             if not offset:
                 continue
-            if offset & self._cluster_mask:
+            if offset & self._cluster_mask or offset >> 63:
                 self.unreadable.add(index)
             elif offset < size:
                 await self._load_block(storage, index, offset, by_place)
@@ -178,11 +206,9 @@ class StoredCounts(Counts):
         self, storage: Storage, index: int, offset: int, by_place: dict[int, array[int]]
     ) -> None:
         first = index << self.block_bits
-        for start in range(
-            first, min(first + (1 << self.block_bits), self.clusters), 1 << self.bits
-        ):
-            number = start >> self.bits
-            length = min(1 << self.bits, self.clusters - start)
+        end = min(first + (1 << self.block_bits), self.clusters)
+        for start in range(first, end, 1 << self.piece_bits):
+            length = min(1 << self.piece_bits, end - start)
             place = offset + ((start - first) * self.refcount_bits >> 3)
             found = by_place.get(place)
             if found is None or len(found) != length:
@@ -192,7 +218,10 @@ class StoredCounts(Counts):
                 found = unpack_refcounts(data, self.refcount_bits)[:length]
                 # Two entries may name one block, a million of them too: it is kept once.
                 by_place[place] = found
-            self.chunks[number] = found
+            if self.bits == self.piece_bits:
+                self.chunks[start >> self.bits] = found
+            else:
+                self.chunks[0][start : start + length] = found
 
     def is_unreadable(self, cluster: int) -> bool:
         """Whether the cluster's count is not known."""

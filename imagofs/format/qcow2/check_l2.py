@@ -168,23 +168,27 @@ class L2Walk:
                     f"its cluster at {offset + (position << self._cluster_bits):#x} is behind the "
                     f"end of the file",
                 )
-            number = there
-            if not number:
-                return
-        self._count(index, first, number)
+        else:
+            there = number
+        if there:
+            self._count(index, first, there)
         if self._stored is not None:
-            self._check_copied(index, number, first, bool(entry & COPIED))
+            self.check_copied(index, number, first, bool(entry & COPIED))
 
     def _count(self, index: int, first: int, number: int) -> None:
-        scan = self._scan
-        if not scan.counts.add(first, number, self._table.times):
-            own = scan.own
+        if not self._scan.counts.add(first, number, self._table.times):
             for cluster in range(first, first + number):
-                if cluster in own:
-                    guest_offset = scan.guest_offset(self._table.l1_index, index)
-                    scan.overlaps.setdefault(cluster, f"data of guest offset {guest_offset:#x}")
+                self.is_shared(index, cluster)
 
-    def _check_copied(self, index: int, number: int, first: int, copied: bool) -> None:
+    def is_shared(self, index: int, cluster: int) -> None:
+        """A host cluster has other references too: it must not be metadata."""
+        scan = self._scan
+        if cluster in scan.own:
+            guest_offset = scan.guest_offset(self._table.l1_index, index)
+            scan.overlaps.setdefault(cluster, f"data of guest offset {guest_offset:#x}")
+
+    def check_copied(self, index: int, number: int, first: int, copied: bool) -> None:
+        """Compare the flag of a run of entries of an active table with the stored refcounts."""
         stored = self._stored
         assert stored is not None
         if copied and stored.are_all_one(first, number):
@@ -228,16 +232,16 @@ class L2Walk:
             self._wrong(Kind.ENTRY, index, f"its offset {offset:#x} is not that of a cluster")
         if self._data_file:
             return
+        first = offset >> self._cluster_bits
         if scan.is_beyond(offset, self._cluster_size):
             self._wrong(
                 Kind.ENTRY, index, f"its cluster at {offset:#x} is behind the end of the file"
             )
-            return
-        first = offset >> self._cluster_bits
-        last = offset + self._cluster_size - 1 >> self._cluster_bits
-        self._count(index, first, last + 1 - first)
+        else:
+            last = offset + self._cluster_size - 1 >> self._cluster_bits
+            self._count(index, first, last + 1 - first)
         if self._stored is not None:
-            self._check_copied(index, 1, first, bool(entry & COPIED))
+            self.check_copied(index, 1, first, bool(entry & COPIED))
 
     def _reserved(self, index: int, entry: int) -> None:
         if entry & self._odd & ~(self._cluster_size - 1 & OFFSET_MASK):

@@ -19,6 +19,7 @@ from ...storage.base import Storage
 from .bitmaps import Bitmap, read_bitmaps
 from .check_counts import Counts, StoredCounts, read_bytes, read_table
 from .check_l2 import L2Walk
+from .check_numpy import Vectorised, can_be_flat
 from .check_report import Kind, Report
 from .entries import COPIED, L1_RESERVED, OFFSET_MASK, REFTABLE_RESERVED, from_big_endian
 from .header import MAX_L1_BYTES, Header
@@ -99,7 +100,9 @@ class Scan:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.clusters = self.size + header.cluster_size - 1 >> header.cluster_bits
-        self.counts = Counts(header, self.clusters)
+        flat = stored.flat is not None if stored is not None else can_be_flat(storage, header)
+        self.counts = Counts(header, self.clusters, flat=flat)
+        self._vectorised = Vectorised(self) if flat else None
         #: What metadata each host cluster holds.
         self.own: dict[int, str] = {}
         #: Metadata clusters that something else lies in too, and what.
@@ -227,6 +230,8 @@ class Scan:
             offset = entry & OFFSET_MASK
             if not offset:
                 continue
+            if not number:
+                self._check_l1_copied(index, entry, offset >> self.cluster_bits)
             if offset & self.cluster_size - 1:
                 self._misaligned_table(index, state, offset)
                 continue
@@ -243,15 +248,17 @@ class Scan:
                 continue
             if not number:
                 table.active += 1
-                self._check_l1_copied(index, entry, offset >> self.cluster_bits)
 
     def _misaligned_table(self, index: int, state: State, offset: int) -> None:
         self.incomplete = True
-        self.report.corruption(
-            Kind.ENTRY,
-            f"entry {index} of {state} points to {offset:#x}, not to the beginning of a cluster",
-            guest_offset=self.guest_offset(index),
-        )
+        what = f"entry {index} of {state} points to {offset:#x}"
+        for wrong in ("not to the beginning of a cluster", "behind the end of the file"):
+            self.report.corruption(
+                Kind.ENTRY, f"{what}, {wrong}", guest_offset=self.guest_offset(index)
+            )
+            if not self.is_beyond(offset, self.cluster_size):
+                self.counts.add(offset >> self.cluster_bits, 2)
+                break
 
     def _check_l1_copied(self, index: int, entry: int, cluster: int) -> None:
         if self.stored is None or self.stored.is_unreadable(cluster):
@@ -311,10 +318,12 @@ class Scan:
 
     async def _follow_l2(self, offset: int, table: Table) -> None:
         data = await read_bytes(self.storage, offset, self.cluster_size)
+        walk = L2Walk(self, offset, table)
+        if self._vectorised is not None and self._vectorised.follow(data, walk, table):
+            return
         used = len(data.rstrip(b"\0"))
         size = self.header.l2_entry_size
         words = from_big_endian(memoryview(data)[: used + -used % size])
-        walk = L2Walk(self, offset, table)
         if size == 8:
             walk.follow(words)
         else:

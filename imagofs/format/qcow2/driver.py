@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from ...access import FormatAccess
     from ...creating import CreateOptions
     from ...opening import OpenContext
+    from .check_report import CheckResult
+    from .check_scan import Progress
     from .writing import Writer
 
 __all__ = ["Qcow2"]
@@ -424,6 +426,22 @@ class Qcow2(FormatDriver):
             if self.metadata.lost is not None and self._in_place:
                 self.may_write_in_place(False)
             raise
+
+    async def check(self, progress: Progress | None = None) -> CheckResult:
+        """Check the image, after a flush if it is open for writing.
+
+        Nothing may be written meanwhile, or what is halfway done is reported as wrong.
+
+        Args:
+            progress: Told how many L2 tables of how many are done.
+
+        Raises:
+            StorageError: Something cannot be read or written.
+        """
+        from .check import check_image
+
+        await self.sync()
+        return await check_image(self._storage, progress=progress)
 
     async def invalidate_cache(self) -> None:
         if self.metadata.dirty_bytes():

@@ -77,7 +77,7 @@ async def rebuild_refcounts(
     table = await read_table(
         storage, header.reftable_offset, header.reftable_clusters << header.cluster_bits - 3
     )
-    stored = StoredCounts(header, scan.clusters, table)
+    stored = StoredCounts(header, scan.clusters, table, flat=scan.counts.flat is not None)
     await stored.load(storage)
     header = await store_refcounts(storage, scan, stored)
     await correct_copied_flags(storage, scan)
@@ -131,7 +131,7 @@ def _can_stay(scan: Scan, stored: StoredCounts) -> bool:
         return False
     if any(scan.counts.get(cluster) for cluster in clusters):
         return False
-    used = {number << scan.counts.bits >> stored.block_bits for number in scan.counts.chunks}
+    used = {start >> stored.block_bits for start in scan.counts.starts()}
     used.update(cluster >> stored.block_bits for cluster in clusters)
     return all(index < len(stored.table) and stored.table[index] for index in used)
 
@@ -144,14 +144,12 @@ def _count_structure(scan: Scan, stored: StoredCounts) -> None:
 async def _store_in_place(storage: Storage, counts: Counts, stored: StoredCounts) -> None:
     bits = counts.refcount_bits
     changed = False
-    for number in sorted(counts.chunks.keys() | stored.chunks.keys()):
-        new = counts.chunks.get(number) or counts.zeros(number)
-        old = stored.chunks.get(number) or stored.zeros(number)
+    for start in sorted({*counts.starts(), *stored.starts()}):
+        new, old = counts.piece(start), stored.piece(start)
         if new == old:
             continue
-        first = number << counts.bits
-        index = first >> stored.block_bits
-        within = first - (index << stored.block_bits)
+        index = start >> stored.block_bits
+        within = start - (index << stored.block_bits)
         place = stored.table[index] + (within * bits >> 3)
         await write_changes(storage, place, _packed(old, bits), _packed(new, bits))
         changed = True
@@ -169,7 +167,7 @@ async def _store_anew(storage: Storage, header: Header, counts: Counts) -> Heade
     bits = header.cluster_bits
     block_bits = bits + 3 - header.refcount_order
     first = counts.clusters
-    used = {number << counts.bits >> block_bits for number in counts.chunks}
+    used = {start >> block_bits for start in counts.starts()}
     table_clusters, blocks = 1, used
     while True:
         end = first + len(blocks) + table_clusters
@@ -203,10 +201,9 @@ def _block(header: Header, counts: Counts, index: int, new: int, end: int) -> by
     entries = 1 << header.cluster_bits + 3 - header.refcount_order
     start = index * entries
     block = array(counts.typecode, [0]) * entries
-    for position in range(0, entries, 1 << counts.bits):
-        chunk = counts.chunks.get(start + position >> counts.bits)
-        if chunk is not None:
-            block[position : position + len(chunk)] = chunk
+    for position in range(0, min(entries, counts.clusters - start), 1 << counts.piece_bits):
+        piece = counts.piece(start + position)
+        block[position : position + len(piece)] = piece
     low, high = max(new - start, 0), min(end - start, entries)
     if low < high:
         block[low:high] = array(counts.typecode, [1]) * (high - low)
