@@ -11,9 +11,9 @@ descriptor. The kernel keeps both views of the file coherent.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Self, TypeVar, TypeVarTuple
 
@@ -22,7 +22,6 @@ import trio
 from ..errors import (
     ClosedError,
     ImagofsError,
-    ReadOnlyError,
     StorageError,
     SyncLostError,
     UnsupportedError,
@@ -30,6 +29,7 @@ from ..errors import (
 from ..vectors import fill_views, split_views, total_length
 from . import syscalls
 from .base import PreallocateMode, StorageCreateOptions, StorageOpenOptions
+from .descriptors import adopt_descriptor, check_kind, close_descriptors, open_descriptor
 from .inline import InlineStorage
 from .locks import ImageLock
 from .space import SpaceCalls
@@ -46,13 +46,6 @@ _THREADS = 16
 _ZERO_STEP = 64 << 20
 _DISCARD_UNIT = 4096
 
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-}
-
 
 class FileStorage(InlineStorage):
     """A regular file or a block device. Made by `open`, `from_fd` and `create`.
@@ -65,10 +58,9 @@ class FileStorage(InlineStorage):
         """Take over `fd`, a descriptor that fits the other arguments; for the classmethods."""
         self._fd = -1  # nothing to close if this fails
         status = os.fstat(fd)
+        check_kind(status.st_mode, filename)
         #: Whether it is a block device, whose size is fixed.
         self.is_block_device = stat.S_ISBLK(status.st_mode)
-        if not self.is_block_device and not stat.S_ISREG(status.st_mode):
-            raise _wrong_kind(status.st_mode, filename)
         # O_DIRECT waits for the device always.
         super().__init__(
             read_fd=-1 if direct else fd,
@@ -118,30 +110,12 @@ class FileStorage(InlineStorage):
         """`open` as a plain function, for where nothing else needs to run."""
         options = options or StorageOpenOptions()
         filename = os.path.abspath(os.fspath(path))
-        flags = os.O_RDWR if options.writable else os.O_RDONLY
-        action = "open for writing" if options.writable else "open"
-        if options.direct:
-            flags |= os.O_DIRECT
-            action += " with direct=True"
+        fd = open_descriptor(filename, options)
         try:
-            # Opening a device or a FIFO can have effects by itself: look before. What was opened
-            # is looked at again, and O_NONBLOCK keeps a FIFO that came in between from hanging.
-            mode = os.stat(filename).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-                raise _wrong_kind(mode, filename)
-            fd = os.open(filename, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            try:
-                os.set_blocking(fd, True)
-                return cls(fd, filename, writable=options.writable, direct=options.direct)
-            except BaseException:
-                os.close(fd)
-                raise
-        except StorageError:
+            return cls._of(fd, filename, options)
+        except BaseException:
+            os.close(fd)
             raise
-        except OSError as error:
-            raise StorageError.of(action, error, filename) from error
-        except ValueError as error:
-            raise StorageError(f"cannot {action}: {error}", filename=filename) from error
 
     @classmethod
     def from_fd(
@@ -167,27 +141,19 @@ class FileStorage(InlineStorage):
             StorageError: It is neither a file nor a block device open for reading.
         """
         name = None if filename is None else os.path.abspath(os.fspath(filename))
+        options = adopt_descriptor(fd, options, name)
+        storage = cls._of(fd, name, options)
+        os.set_inheritable(fd, False)
+        return storage
+
+    @classmethod
+    def _of(cls, fd: int, filename: str | None, options: StorageOpenOptions) -> Self:
         try:
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
-                raise StorageError("is not open for reading", error=errno.EBADF, filename=name)
-            has_write = flags & os.O_ACCMODE == os.O_RDWR
-            if options is None:
-                options = StorageOpenOptions(writable=has_write)
-            elif options.writable and not has_write:
-                raise ReadOnlyError("the descriptor is open read-only", filename=name)
-            direct = options.direct or bool(flags & os.O_DIRECT)
-            # A write with O_APPEND ignores its offset.
-            wanted = (flags | (os.O_DIRECT if direct else 0)) & ~os.O_APPEND
-            if wanted != flags:
-                fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
-            storage = cls(fd, name, writable=options.writable, direct=direct)
-            os.set_inheritable(fd, False)
+            return cls(fd, filename, writable=options.writable, direct=options.direct)
         except StorageError:
             raise
         except OSError as error:
-            raise StorageError.of("use the descriptor", error, name) from error
-        return storage
+            raise StorageError.of("use", error, filename) from error
 
     @classmethod
     async def create(
@@ -473,16 +439,14 @@ class FileStorage(InlineStorage):
                 self._idle = trio.Event()
                 await self._idle.wait()
             try:
-                await trio.to_thread.run_sync(_close, *self._take_fds())
+                await trio.to_thread.run_sync(close_descriptors, *self._take_fds())
             except OSError as error:
                 raise StorageError.of("close", error, self.filename) from error
 
     def __del__(self) -> None:
         if self._fd < 0:
             return
-        import warnings
-
-        _close(*self._take_fds())
+        close_descriptors(*self._take_fds())
         text = f"{self.filename}: was not closed"
         warnings.warn(text, ResourceWarning, stacklevel=1, source=self)
 
@@ -530,23 +494,3 @@ class FileStorage(InlineStorage):
         if self.closed:
             return ClosedError("the storage was closed meanwhile", filename=self.filename)
         return StorageError.of(action, error, self.filename)
-
-
-def _close(*fds: int) -> None:
-    """Close all of `fds`, and report the first error."""
-    failure: OSError | None = None
-    for fd in fds:
-        try:
-            os.close(fd)
-        except OSError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
-
-
-def _wrong_kind(mode: int, filename: str | None) -> StorageError:
-    kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
-    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    return StorageError(
-        f"is {kind}, and neither a regular file nor a block device", error=number, filename=filename
-    )
