@@ -79,6 +79,16 @@ NAMES = [
 ]
 
 
+def tmpfs_has_direct() -> bool:
+    """Whether files on a tmpfs can be opened with O_DIRECT (since Linux 6.6)."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        try:
+            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            return False
+    return True
+
+
 @contextmanager
 def driver(name: str, tmp_path: Path) -> Iterator[Driver]:
     """The driver called `name`, with its files below `tmp_path`, and what it needs besides."""

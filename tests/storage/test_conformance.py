@@ -20,7 +20,8 @@ from imagofs.errors import (
 )
 from imagofs.storage import PreallocateMode
 from imagofs.storage.base import MAX_OFFSET
-from tests.storage.drivers import DEVICE_SIZE, NAMES, driver
+from tests.storage.drivers import DEVICE_SIZE, NAMES, driver, tmpfs_has_direct
+from tests.storage.files import read
 
 SIZE = DEVICE_SIZE
 
@@ -30,6 +31,8 @@ def _drivers(names):
 
     @pytest.fixture(params=names, scope="module")
     def fixture(request, tmp_path_factory):
+        if request.param == "direct-tmpfs" and not tmpfs_has_direct():
+            pytest.skip("this kernel's tmpfs does not know O_DIRECT")
         with driver(request.param, tmp_path_factory.mktemp(request.param)) as made:
             yield made
 
@@ -46,13 +49,6 @@ fixed = _drivers([name for name in KEEPING if name.startswith("block")])
 
 def pattern(length: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(length)
-
-
-async def read(storage, offset: int, length: int) -> bytes:
-    """The bytes of a range, read into dirty memory."""
-    buffer = bytearray(b"\xee" * length)
-    await storage.readv([memoryview(buffer)], offset)
-    return bytes(buffer)
 
 
 EDGES = [0, 1, 511, 512, 513, 4095, 4096, 4097, 65535, 65536, 65537]

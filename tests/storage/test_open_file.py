@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -222,9 +223,14 @@ async def test_create_that_fails_leaves_no_file(tmp_path, small_tmpfs):
     for size in (-1, MAX_OFFSET):
         with pytest.raises(OutOfRangeError):
             await FileStorage.create(path, StorageCreateOptions(size=size))
-    with pytest.raises(StorageError) as caught:  # beyond what the file system takes
-        await FileStorage.create(tmp_path / "new", StorageCreateOptions(size=MAX_OFFSET - 1))
-    assert caught.value.errno == errno.EFBIG
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        with pytest.raises(StorageError) as caught:
+            await FileStorage.create(tmp_path / "new", StorageCreateOptions(size=2 << 20))
+        assert caught.value.errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "new").exists()
     with pytest.raises(StorageError) as caught:
         await FileStorage.create(tmp_path / "no" / "new")
