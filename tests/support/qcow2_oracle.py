@@ -195,6 +195,19 @@ def _count_entries(
             verdict.errors.append(f"COPIED flag of the cluster at {host:#x}")
 
 
+def data_clusters(image: Bytes) -> dict[int, int]:
+    """Host offset by guest offset of every standard cluster with a host offset, no subclusters."""
+    layout = Layout(image)
+    found = {}
+    per_table = layout.cluster // 8
+    for index, l1_entry in enumerate(layout.words(layout.l1_offset, layout.l1_entries)):
+        if l1_entry & _OFFSET:
+            for number, entry in enumerate(layout.words(l1_entry & _OFFSET, per_table)):
+                if entry & _OFFSET and not entry & _COMPRESSED:
+                    found[(index * per_table + number) << layout.bits] = entry & _OFFSET
+    return found
+
+
 def read_disk(
     image: Bytes, *, data: Bytes | None = None, backing: bytes = b"", snapshot: int | None = None
 ) -> bytearray:

@@ -113,6 +113,7 @@ class Qcow2(FormatDriver):
             from .writing import Writer
 
             self._writer = Writer(self)
+            metadata.on_lost = lambda: self.may_write_in_place(False)
 
     @classmethod
     async def open(
@@ -420,12 +421,7 @@ class Qcow2(FormatDriver):
     async def _flush(self, *, durable: bool) -> None:
         if not self.writable:
             return
-        try:
-            await self.metadata.flush(durable=durable)
-        except BaseException:
-            if self.metadata.lost is not None and self._in_place:
-                self.may_write_in_place(False)
-            raise
+        await self.metadata.flush(durable=durable)
 
     async def check(self, progress: Progress | None = None) -> CheckResult:
         """Check the image, after a flush if it is open for writing.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from ...caching import MetadataCache
 from ...errors import CorruptImageError
@@ -37,11 +38,12 @@ T = TypeVar("T")
 
 async def with_tables(function: Callable[[], T]) -> T:
     """Call a plain function, loading what it misses, until it succeeds."""
+    held = []  # so that all that was loaded is there together, however small the cache is
     while True:
         try:
             return function()
         except Missing as missing:
-            await missing.load()
+            held.append(await missing.load())
 
 
 class L2Tables:
@@ -77,6 +79,9 @@ class L2Tables:
         self.dirty: dict[int, array[int]] = {}
         #: Slices that a flush is writing; they are found here too.
         self.writing: dict[int, array[int]] = {}
+        #: Slices that anybody still holds: who needs several tables at a time gets all, however
+        #: small the cache is.
+        self._alive: WeakValueDictionary[int, array[int]] = WeakValueDictionary()
         #: How often changed tables were written. What was read from the file before is stale.
         self.flushes = 0
         self.cache = cache
@@ -91,6 +96,7 @@ class L2Tables:
             self.cache.get(self.namespace + number)
             or self.dirty.get(number)
             or self.writing.get(number)
+            or self._alive.get(number)
         )
 
     def table_offset(self, guest_offset: int) -> int:
@@ -131,7 +137,7 @@ class L2Tables:
             if found is not None:
                 return found
             if self.slice_place(number) == place and self.flushes == flushes:
-                table = from_big_endian(data)
+                table = self._alive[number] = from_big_endian(data)
                 self.cache.put(self.namespace + number, table)
                 return table
 
@@ -182,6 +188,7 @@ class L2Tables:
         for number in range(first, first + (1 << self._slices_per_table_bits)):
             self.dirty.pop(number, None)
             self.cache.drop(self.namespace + number)
+            self._alive.pop(number, None)
         self.l1[index] = 0
         self.dirty_l1.add(index)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,6 +98,8 @@ class Metadata:
         self._asked = self._covered = self._covered_durably = 0
         #: Set once a sync failed; from then on nothing is written.
         self.lost: str | None = None
+        #: Called then, a plain function.
+        self.on_lost: Callable[[], None] | None = None
 
     def is_own(self, host_offset: int) -> bool:
         """Whether the host cluster at `host_offset` holds metadata."""
@@ -286,6 +288,8 @@ class Metadata:
                 f"a sync failed ({exc.message}); what was written since the last one may be lost, "
                 f"and nothing more is written until the image is opened anew"
             )
+            if self.on_lost is not None:
+                self.on_lost()
             self.check_alive()
 
     @asynccontextmanager

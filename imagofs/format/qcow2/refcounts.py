@@ -14,6 +14,8 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from ...caching import MetadataCache
 from ...errors import CorruptImageError
@@ -29,6 +31,7 @@ from .l2 import Missing
 __all__ = ["HostRun", "Refcounts", "TableFull"]
 
 _SECTOR = 512
+_MAX_FREE_RUNS = 1 << 14  # kept in memory; where there are more, they are found by looking again
 
 #: (first host cluster, number of clusters)
 HostRun = tuple[int, int]
@@ -36,6 +39,24 @@ HostRun = tuple[int, int]
 
 class TableFull(Exception):
     """The refcount table has no entry for the next block: grow it, then allocate again."""
+
+
+class _Found(NamedTuple):
+    """Free clusters, before they are taken.
+
+    Attributes:
+        runs: The clusters.
+        cursor: Behind the last one that was found by looking.
+        used_free: So many of the runs that were seen freed are used up.
+        rest: What is left of the last of them.
+        held: The blocks, so that the cache does not forget them before the clusters are taken.
+    """
+
+    runs: list[HostRun]
+    cursor: int
+    used_free: int
+    rest: HostRun | None
+    held: list[array[int] | None]
 
 
 class Refcounts:
@@ -72,6 +93,9 @@ class Refcounts:
         self.blocks: dict[int, array[int]] = {}
         #: Blocks that a flush is writing; they are found here too.
         self.writing: dict[int, array[int]] = {}
+        #: Blocks that anybody still holds: who needs several at a time gets them all, however small
+        #: the cache is.
+        self._alive: WeakValueDictionary[int, array[int]] = WeakValueDictionary()
         #: How often changed blocks were written. What was read from the file before is stale.
         self.flushes = 0
         #: Per changed block, the sectors of it that changed.
@@ -99,6 +123,7 @@ class Refcounts:
             self.blocks.get(index)
             or self._cache.get(self._namespace + index)
             or self.writing.get(index)
+            or self._alive.get(index)
         )
 
     def _need_block(self, index: int) -> array[int] | None:
@@ -112,7 +137,7 @@ class Refcounts:
             raise Missing(lambda: self._load(index))
         return block
 
-    async def _load(self, index: int) -> None:
+    async def _load(self, index: int) -> array[int]:
         offset = self.table[index]
         if (
             offset & REFTABLE_RESERVED
@@ -124,11 +149,14 @@ class Refcounts:
                 f"imagofs check",
                 filename=self._storage.filename,
             )
-        while self._block_nowait(index) is None:
+        while (block := self._block_nowait(index)) is None:
             flushes = self.flushes
             data = await self._storage.read_table(self._cluster_size, offset)
             if self._block_nowait(index) is None and self.flushes == flushes:
-                self._cache.put(self._namespace + index, unpack_refcounts(data, self._bits))
+                block = self._alive[index] = unpack_refcounts(data, self._bits)
+                self._cache.put(self._namespace + index, block)
+                break
+        return block
 
     def _change(self, cluster: int, count: int) -> None:
         """Set one count. The block is in memory (`_need_block` was called for it)."""
@@ -178,6 +206,7 @@ class Refcounts:
         """Go on with a larger table whose new blocks are on disk already."""
         self.table = table
         for index, block in blocks.items():
+            self._alive[index] = block
             self._cache.put(self._namespace + index, block)
         self._virgin = max(self._virgin, used_up_to)
 
@@ -192,7 +221,7 @@ class Refcounts:
         for number, (index, block) in enumerate(blocks.items()):
             self.table[index] = first + number << self._cluster_bits
             # Held here until the next flush: what is not on disk yet must not be forgotten.
-            self.blocks[index] = block
+            self.blocks[index] = self._alive[index] = block
         self._virgin = max(self._virgin, used_up_to)
         self.allocated += used_up_to - first
 
@@ -220,18 +249,24 @@ class Refcounts:
         """
         if self.growing:
             raise TableFull
-        runs, cursor, used_free = self._find(number)
-        if self._own and any(
-            cluster in self._own for first, n in runs for cluster in range(first, first + n)
-        ):
+        found = self._find(number)
+        if any(self._is_over_metadata(run) for run in found.runs):
             raise self._uncounted_metadata()
         # From here on nothing may raise.
-        del self._free[:used_free]
-        self._cursor = max(self._cursor, cursor)
-        for first, count in runs:
+        self._free[: found.used_free] = [] if found.rest is None else [found.rest]
+        self._cursor = max(self._cursor, found.cursor)
+        for first, count in found.runs:
             self._take(first, count)
         self.allocated += number
-        return runs
+        return found.runs
+
+    def _is_over_metadata(self, run: HostRun) -> bool:
+        """Whether clusters with metadata would be taken: the run's, or the one of a new block."""
+        first, count = run
+        index = first >> self.block_bits
+        if not self.table[index] and index << self.block_bits in self._own:
+            return True
+        return not self._own.isdisjoint(range(first, first + count))
 
     def allocate_run(self, number: int) -> HostRun | None:
         """Take `number` host clusters behind each other; each gets the count 1.
@@ -252,7 +287,7 @@ class Refcounts:
             if count == number:
                 break
             start = first + count
-        if not self._own.isdisjoint(range(first, first + number)):
+        if self._is_over_metadata((first, number)):
             raise self._uncounted_metadata()
         self._take(first, number)
         self.allocated += number
@@ -265,14 +300,17 @@ class Refcounts:
             filename=self._storage.filename,
         )
 
-    def _find(self, number: int) -> tuple[list[HostRun], int, int]:
-        """Free runs of `number` clusters together, the cursor behind them, free runs looked at."""
+    def _find(self, number: int) -> _Found:
+        """Free runs of `number` clusters together, each within one block."""
         runs: list[HostRun] = []
+        held: list[array[int] | None] = []
         used_free = 0
         rest: HostRun | None = None
         for first, count in self._free:
             if not number:
                 break
+            # It was in memory when the run was freed, but may have been forgotten since.
+            held.append(self._need_block(first >> self.block_bits))
             used_free += 1
             taken = min(count, number)
             runs.append((first, taken))
@@ -282,14 +320,11 @@ class Refcounts:
         cursor = self._cursor
         while number:
             first, count = self._free_run(cursor, number)
+            held.append(self._need_block(first >> self.block_bits))
             runs.append((first, count))
             number -= count
             cursor = first + count
-        if rest is not None:
-            # Put back what is left; the list is only changed once nothing can fail any more.
-            self._free[used_free - 1] = rest
-            used_free -= 1
-        return runs, cursor, used_free
+        return _Found(runs, cursor, used_free, rest, held)
 
     def _free_run(self, start: int, number: int) -> HostRun:
         """The first free run at or behind `start`, at most `number` clusters, within one block."""
@@ -320,7 +355,7 @@ class Refcounts:
 
     def _take(self, first: int, count: int) -> None:
         index = first >> self.block_bits
-        if self._block_nowait(index) is None:
+        if not self.table[index]:
             self._new_block(index)
         self._change_run(first, count, 1)
 
@@ -330,7 +365,7 @@ class Refcounts:
         So it counts itself, and nothing else must be durable before it.
         """
         empty = unpack_refcounts(bytes(self._cluster_size), self._bits)
-        self.blocks[index] = empty
+        self.blocks[index] = self._alive[index] = empty
         self._cache.put(self._namespace + index, empty)
         first = index << self.block_bits
         self.table[index] = first << self._cluster_bits
@@ -400,7 +435,12 @@ class Refcounts:
         # What lies behind the cursor is found there.
         if cluster >= self._cursor:
             return
-        if self._free and sum(self._free[-1]) == cluster:
+        if len(self._free) >= _MAX_FREE_RUNS:
+            self._cursor = min(cluster, min(self._free)[0])
+            self._free.clear()
+            return
+        # No run reaches from one block into the next.
+        if cluster & self._block_entries - 1 and self._free and sum(self._free[-1]) == cluster:
             first, count = self._free[-1]
             self._free[-1] = (first, count + 1)
         else:

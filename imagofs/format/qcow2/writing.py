@@ -99,11 +99,12 @@ class Writer:
 
     async def _plan(self, make: Callable[[], Plan]) -> Plan:
         """Make a plan, bringing in the tables that it needs."""
+        held = []  # so that all that was loaded is there together, however small the cache is
         while True:
             try:
                 return make()
             except Missing as missing:
-                await missing.load()
+                held.append(await missing.load())
             except TableFull:
                 await self._metadata.grow_refcount_table()
 
