@@ -93,13 +93,16 @@ class Mounted:
         assert ready, f"the daemon (process {self.pid}) did not end"
 
     def clean_up(self) -> None:
-        """Leave neither mount nor daemon behind, whatever the test did."""
+        """Leave neither mount nor daemon behind, whatever the test did. Twice is fine."""
+        if self._process_fd < 0:
+            return
         while (mount := mount_at(self.path)) is not None and mount.fstype == "fuse.imagofs":
             mounts.detach(str(self.path))
         if not select.select([self._process_fd], [], [], 10)[0]:
             signal.pidfd_send_signal(self._process_fd, signal.SIGKILL)
             self.wait_for_end()
         os.close(self._process_fd)
+        self._process_fd = -1
 
 
 MountImage = Callable[..., Mounted]

@@ -175,7 +175,9 @@ async def _own_clusters(
             add(f"L2 table {index}", entry & OFFSET_MASK, header.cluster_size)
     snapshots = await read_snapshots(storage, header)
     if snapshots:
-        add("snapshot table", header.snapshots_offset, sum(s.length for s in snapshots))
+        # The file may end before the padding of the last entry does.
+        length = sum(snapshot.length for snapshot in snapshots)
+        add("snapshot table", header.snapshots_offset, min(length, end - header.snapshots_offset))
     for snapshot in snapshots:
         add(f"L1 table of snapshot {snapshot.name!r}", snapshot.l1_offset, snapshot.l1_entries * 8)
     if header.bitmaps is not None:
