@@ -91,6 +91,7 @@ def _chain(
         folder = folder / "below"
         folder.mkdir()
         below: Path | None = None
+        below_format = base_format
         for number, size in enumerate(sizes):
             fmt = base_format if number == 0 else "qcow2"
             path = folder / f"layer{number}.{fmt}"
