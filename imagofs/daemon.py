@@ -109,15 +109,14 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     os.setsid()
     os.chdir("/")
     _log_to_stderr(verbosity)  # until the mount answers, the terminal is still there
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
+    for standard in (0, 1):
+        _point_to_null(standard)
     open_pipe = True
 
     def ready() -> None:
         nonlocal open_pipe
         _log_to_syslog(verbosity)
-        os.dup2(null, 2)
+        _point_to_null(2)
         open_pipe = False
         try:
             os.write(writer, _READY)
@@ -126,7 +125,6 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         os.close(writer)
 
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         return daemon.run(ready)
     except ImagofsError as error:
@@ -141,6 +139,13 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     else:
         log.error("%s", line)
     return 1
+
+
+def _point_to_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)
 
 
 class _Daemon:

@@ -55,8 +55,9 @@ _BUDGET_SHIFT = 17
 #: Tasks that may wait at the same time, and the bytes of their buffers.
 _TASK_LIMIT = 512
 _TASK_BYTES = 32 << 20
-#: A message with less data than this is copied or gets a small buffer when it has to wait.
-_SMALL_BYTES = 32 << 10
+#: A request with no more data than this has a buffer of its size, or is copied, when it has to
+#: wait; above it takes a pooled one, or the receive buffer.
+_SMALL_BYTES = 128 << 10
 _SPARE_BUFFERS = 4
 #: Bytes that the replies of pyfuse3 that are under way may have, and what a small one counts.
 _FORWARD_BYTES = 96 << 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -188,25 +187,3 @@ def test_loop_device_keeps_it_busy(mount: MountImage, raw_image: Path) -> None:
     # The device lets go of the file a moment after losetup has returned.
     wait_until(lambda: imagofs("umount", mounted.path, ok=None).returncode == 0)
     assert raw_image.read_bytes().startswith(b"through the loop device")
-
-
-def test_failed_flush_is_told(tmp_path: Path) -> None:
-    """A full disk under the image: umount and the daemon say that something was lost."""
-    storage = tmp_path / "storage"
-    storage.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", storage], check=True)
-    try:
-        image = storage / "disk.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "64M"], check=True)
-        point = tmp_path / "mnt"
-        point.mkdir()
-        with in_foreground(image, point, "rw", "writeback") as process:
-            with (point / "disk.raw").open("r+b") as file:
-                file.write(os.urandom(4 << 20))
-                done = imagofs("umount", "-l", point)
-            process.wait(20)
-        assert process.returncode in (0, 1)
-        assert done.returncode == 0
-    finally:
-        subprocess.run(["umount", storage], check=True)
-        shutil.rmtree(storage)
