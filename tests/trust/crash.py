@@ -193,7 +193,8 @@ def make(shape: Shape, folder: Path) -> Files:
             raw[start : start + shape.cluster] = GARBAGE * (shape.cluster // SECTOR)
     files.image = bytes(raw) + GARBAGE * 7
     if shape.data_file:
-        files.data = data.read_bytes()
+        # qemu-img makes it longer than the disk, of whole clusters.
+        files.data = data.read_bytes()[: shape.size]
         files.raw = "data_file_raw=on" in shape.options
     if shape.backing is not None:
         files.backing = tagged_range(0, shape.backing // SECTOR, 2)

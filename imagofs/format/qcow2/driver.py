@@ -89,7 +89,6 @@ class Qcow2(FormatDriver):
         self._cluster_size = header.cluster_size
         self._extended = header.extended_l2
         self._data_file = header.has_data_file
-        self._data_file_raw = header.data_file_raw
         self.granularity = header.cluster_size // (SUBCLUSTERS if self._extended else 1)
         self._granule_bits = self.granularity.bit_length() - 1
         #: Guest ranges that are being written, zeroed or discarded.
@@ -245,8 +244,7 @@ class Qcow2(FormatDriver):
     def _is_wrong_place(self, host_offset: int, guest_offset: int) -> bool:
         """Whether a data cluster cannot be at `host_offset`."""
         if self._data_file:
-            start = guest_offset & ~(self._cluster_size - 1)
-            return self._data_file_raw and host_offset != start
+            return host_offset != guest_offset & ~(self._cluster_size - 1)
         return bool(host_offset & self._cluster_size - 1 or host_offset >= self._storage.size())
 
     async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:
@@ -257,7 +255,7 @@ class Qcow2(FormatDriver):
         number = guest_offset >> l2.slice_bits
         table = await l2.load_slice(number)
         if table is None:
-            return self._no_data(guest_offset, min(length, self._empty_length(guest_offset)))
+            return self._no_data(guest_offset, self._empty_length(guest_offset, length))
         end = min(guest_offset + length, number + 1 << l2.slice_bits)
         first = self._piece(table, guest_offset)
         position = (guest_offset | self.granularity - 1) + 1
@@ -278,13 +276,14 @@ class Qcow2(FormatDriver):
             return ZeroMapping(length, explicit=False)
         return IndirectMapping(length, self.backing, guest_offset)
 
-    def _empty_length(self, guest_offset: int) -> int:
-        """Bytes from `guest_offset` on for which there are no L2 tables."""
+    def _empty_length(self, guest_offset: int, length: int) -> int:
+        """Bytes from `guest_offset` on for which there are no L2 tables, up to `length`."""
         l2 = self._l2
         index = (guest_offset >> l2.l1_bits) + 1
-        while index < len(l2.l1) and not l2.l1[index] & OFFSET_MASK:
+        last = guest_offset + length - 1 >> l2.l1_bits
+        while index <= last and not l2.l1[index] & OFFSET_MASK:
             index += 1
-        return (index << l2.l1_bits) - guest_offset
+        return min((index << l2.l1_bits) - guest_offset, length)
 
     def _piece(self, table: Sequence[int], guest_offset: int) -> tuple[Kind, int, bool]:
         """Kind, host offset of `guest_offset` itself, and whether it is ours alone.
@@ -300,8 +299,12 @@ class Qcow2(FormatDriver):
             host_offset = entry & OFFSET_MASK
             if self._is_wrong_place(host_offset, guest_offset):
                 raise self.wrong_entry(entry, guest_offset)
-            within = guest_offset & self._cluster_size - 1
-            return kind, host_offset + within, bool(self._in_place and entry & COPIED)
+            writable = bool(
+                self._in_place
+                and entry & COPIED
+                and not (self._writer is not None and self._writer.is_metadata(host_offset))
+            )
+            return kind, host_offset + (guest_offset & self._cluster_size - 1), writable
         if kind == ZEROES:
             return kind, entry & OFFSET_MASK, False
         if kind not in (UNALLOCATED, COMPRESSED_DATA):

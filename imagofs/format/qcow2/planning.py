@@ -130,12 +130,15 @@ class Planner:
         start = guest_offset >> self._cluster_bits << self._cluster_bits
         old = _Old(start, table[index], table[index + 1] if self._extended else 0)
         if self._is_wrong(old):
-            raise CorruptImageError(
-                f"the L2 entry {old.entry:#018x} for guest offset {start:#x} cannot be right, "
-                f"so nothing is written there; run imagofs check",
-                filename=self._filename,
-            )
+            raise self._wrong(old)
         return old
+
+    def _wrong(self, old: _Old) -> CorruptImageError:
+        return CorruptImageError(
+            f"the L2 entry {old.entry:#018x} for guest offset {old.guest_offset:#x} cannot be "
+            f"right, so nothing is written there; run imagofs check",
+            filename=self._filename,
+        )
 
     def _is_wrong(self, old: _Old) -> bool:
         if old.entry & COMPRESSED:
@@ -146,21 +149,25 @@ class Planner:
             return True
         host_offset = old.host_offset
         if self._data_file:
-            return host_offset not in (0, old.guest_offset) and self._metadata.header.data_file_raw
+            if self._has_data(old) or host_offset:
+                return host_offset != old.guest_offset
+            return False
         if host_offset & self._cluster_size - 1 or self._metadata.is_own(host_offset):
             return bool(host_offset)
         return self._has_data(old) and host_offset >= self._metadata.storage.size()
 
     def _has_data(self, old: _Old) -> bool:
         """Whether bytes of the cluster's host space are shown to the guest."""
-        if old.entry & (COMPRESSED | READS_AS_ZERO) or not old.host_offset:
+        if old.entry & (COMPRESSED | READS_AS_ZERO):
+            return False
+        if not old.host_offset and not (self._data_file and old.entry & COPIED):
             return False
         return bool(old.bitmap & ALLOCATED_BITS) if self._extended else True
 
     def _is_ours(self, old: _Old) -> bool:
         """Whether the cluster has host space that is ours alone and may be written to."""
         if self._data_file:
-            return bool(old.entry & COPIED)
+            return bool(old.entry & COPIED) and old.host_offset == old.guest_offset
         return bool(
             old.entry & COPIED
             and old.host_offset
@@ -196,6 +203,8 @@ class Planner:
         else:
             return
         for cluster in clusters:
+            if cluster in self._metadata.own:
+                raise self._wrong(old)
             self._refcounts.check_reference(cluster, old.guest_offset)
         plan.dropped += clusters
 
@@ -222,7 +231,7 @@ class Planner:
         hosts = iter(self._allocate(plan, [old.guest_offset for old in new]))
         for old in olds:
             start = max(guest_offset, old.guest_offset)
-            stop = min(end, old.guest_offset + self._cluster_size)
+            stop = min(end, old.guest_offset + self._cluster_size, self._end)
             if self._is_ours(old):
                 self._write_ours(plan, old, start, stop, source)
             else:

@@ -290,6 +290,7 @@ class Refcounts:
         if self._is_over_metadata((first, number)):
             raise self._uncounted_metadata()
         self._take(first, number)
+        self.take_virgin(first, number)
         self.allocated += number
         return first, number
 

@@ -34,6 +34,7 @@ __all__ = ["Writer"]
 
 _DIRTY_LIMIT = 8 << 20  # bytes of changed tables that wait for a flush
 _ZEROES = memoryview(bytes(1 << 16))
+_LARGEST_COPY = 4 << 20  # bytes that are copied in one go to make a mapping writable
 
 
 class Writer:
@@ -385,10 +386,14 @@ class Writer:
         first, last = self._whole_clusters(start, stop)
         if first >= last:
             return
+        if self._metadata.header.data_file_raw:
+            await self._punch_data_file(first, last)
         await self._change_entries(lambda: self._planner.unmap(first, last - first))
         if self._data_file:
-            # Punched before the entries are durable, a power cut would show zeroes as the guest's.
+            # Punched before the entries are durable, a power cut would show zeroes as the guest's;
+            # and so would a read that looked them up before.
             await self._metadata.flush(durable=True)
+            await self._metadata.epochs.wait_for_earlier()
             length = min(last, self._driver.reach) - first
             await self._data_storage.discard(first, length)
 
@@ -438,7 +443,7 @@ class Writer:
         self, guest_offset: int, length: int, *, overwrite: bool
     ) -> RawMapping:
         """See `FormatDriver.ensure_data_mapping`."""
-        stop = min(guest_offset + length, self._slice_end(guest_offset))
+        stop = min(guest_offset + min(length, _LARGEST_COPY), self._slice_end(guest_offset))
         source = Source.ZERO if overwrite else Source.OLD
         async with self._driver.locks.hold(*self._clusters(guest_offset, stop)):
             await self._begin()
