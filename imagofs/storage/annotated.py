@@ -98,6 +98,10 @@ class AnnotatedStorage(Storage):
         """See `Storage.sync`."""
         await self.inner.sync()
 
+    async def extent_at(self, offset: int) -> tuple[bool, int]:
+        """See `Storage.extent_at`."""
+        return await self.inner.extent_at(offset)
+
     async def invalidate_cache(self) -> None:
         """See `Storage.invalidate_cache`."""
         await self.inner.invalidate_cache()

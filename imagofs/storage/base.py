@@ -109,6 +109,26 @@ class Storage(ABC):
         """Bytes of host space that the storage takes (st_blocks * 512 for files)."""
         return self.size()
 
+    async def extent_at(self, offset: int) -> tuple[bool, int]:
+        """Whether bytes are kept at `offset`, and where that changes.
+
+        Args:
+            offset: In bytes, below `size()`.
+
+        Returns:
+            True and the end of what may be data, or False and the end of a hole, which reads as
+            zero. The end is above `offset` and at most `size()`.
+
+        Raises:
+            ClosedError: The storage was closed.
+            OutOfRangeError: `offset` is negative, or not below `size()`.
+            StorageError: The system refused.
+        """
+        size = self.size()
+        if self.closed or not 0 <= offset < size:
+            self._refuse(offset)
+        return True, size
+
     # --- the fast path -------------------------------------------------------------------
 
     def readv_nowait(self, views: Sequence[memoryview], offset: int) -> int:

@@ -201,6 +201,16 @@ class FileStorage(InlineStorage):
                 self._refuse(0)
             raise self._error("stat", error) from error
 
+    async def extent_at(self, offset: int) -> tuple[bool, int]:
+        """What the file system says; all is data where it cannot tell. See `Storage.extent_at`."""
+        _, end = await super().extent_at(offset)
+        try:
+            return await self._in_thread(
+                self._readers, syscalls.extent_at, self._buffered_fd, offset, end
+            )
+        except OSError as error:
+            raise self._error("look for holes", error) from error
+
     # --- the slow path ------------------------------------------------------------------------
 
     async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:

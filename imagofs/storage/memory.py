@@ -59,6 +59,19 @@ class MemoryStorage(Storage):
         """Bytes of the pages that exist."""
         return len(self._pages) * _PAGE
 
+    async def extent_at(self, offset: int) -> tuple[bool, int]:
+        """Pages that exist are data. See `Storage.extent_at`."""
+        _, end = await super().extent_at(offset)
+        number = offset // _PAGE
+        is_data = number in self._pages
+        if is_data:
+            while number in self._pages:
+                number += 1
+        else:
+            behind = [page for page in self._pages if page > number]
+            number = min(behind, default=-(-end // _PAGE))
+        return is_data, min(number * _PAGE, end)
+
     def readv_nowait(self, views: Sequence[memoryview], offset: int) -> int:
         """Fill all of `views`."""
         return 0 if self.closed or offset < 0 else self._read(views, offset)

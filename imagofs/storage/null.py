@@ -37,6 +37,11 @@ class NullStorage(Storage):
         """Nothing is kept: 0."""
         return 0
 
+    async def extent_at(self, offset: int) -> tuple[bool, int]:
+        """One hole. See `Storage.extent_at`."""
+        _, end = await super().extent_at(offset)
+        return False, end
+
     def readv_nowait(self, views: Sequence[memoryview], offset: int) -> int:
         """Fill all of `views` with zeroes."""
         if self.closed or offset < 0:

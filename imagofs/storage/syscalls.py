@@ -22,6 +22,7 @@ __all__ = [
     "block_discard",
     "block_zero",
     "direct_alignments",
+    "extent_at",
     "logical_block_size",
     "punch_hole",
     "read_full",
@@ -143,6 +144,25 @@ def zero_range(fd: int, offset: int, length: int) -> None:
         OSError: EOPNOTSUPP where the file system cannot; or what it met.
     """
     _fallocate(fd, _FALLOC_FL_ZERO_RANGE, offset, length)
+
+
+def extent_at(fd: int, offset: int, size: int) -> tuple[bool, int]:
+    """Whether a file of `size` bytes has data at `offset`, else a hole; and where that ends.
+
+    Raises:
+        OSError: What the file system met.
+    """
+    try:
+        data = os.lseek(fd, offset, os.SEEK_DATA)
+        if data > offset:
+            return False, min(data, size)
+        return True, max(min(os.lseek(fd, offset, os.SEEK_HOLE), size), offset + 1)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False, size
+        if error.errno == errno.EINVAL or error.errno in UNSUPPORTED:
+            return True, size
+        raise
 
 
 def block_discard(fd: int, offset: int, length: int) -> None:
