@@ -231,8 +231,10 @@ def _with_standard_library(zstd: Any) -> _Zstd:
 class InflatedCache:
     """Inflated clusters by integer key, up to `limit` bytes, shared by all layers of a chain.
 
-    Two generations, as in `caching.MetadataCache`, and beside them what was inflated ahead and
-    nobody has asked for yet: first in, first out, so that read-ahead never displaces what is used.
+    Two generations, so that a hit in the young one moves nothing. When that has grown to half the
+    limit, it joins the old one, whose oldest clusters make room; what is asked for there becomes
+    young again. Beside them is what was inflated ahead and nobody has asked for yet: first in,
+    first out, so that read-ahead never displaces what is used.
 
     Args:
         limit: Bytes that are kept. A cache too small for one cluster still keeps the newest.
@@ -241,10 +243,10 @@ class InflatedCache:
     __slots__ = (
         "_ahead_bytes",
         "_buffers",
-        "_half",
         "_namespaces",
         "_old",
-        "_old_bytes",
+        "_used_bytes",
+        "_used_limit",
         "_young_bytes",
         "ahead",
         "ahead_limit",
@@ -263,9 +265,9 @@ class InflatedCache:
         self.ahead: dict[int, bytes] = {}
         #: The threads that fill this cache.
         self.threads = InflateThreads()
-        self._half = (limit - self.ahead_limit) // 2
+        self._used_limit = limit - self.ahead_limit
         self._old: dict[int, bytes] = {}
-        self._young_bytes = self._old_bytes = self._ahead_bytes = 0
+        self._used_bytes = self._young_bytes = self._ahead_bytes = 0
         self._buffers: list[bytearray] = []
         self._namespaces = count()
 
@@ -275,7 +277,7 @@ class InflatedCache:
 
     def bytes_held(self) -> int:
         """Bytes that are kept now, bookkeeping included."""
-        return self._young_bytes + self._old_bytes + self._ahead_bytes
+        return self._used_bytes + self._ahead_bytes
 
     def get(self, key: int) -> bytes | None:
         """The cluster at `key`, None if it is not cached. It counts as used."""
@@ -283,16 +285,24 @@ class InflatedCache:
         if data is None:
             data = self._old.pop(key, None)
             if data is not None:
-                self._old_bytes -= _cost(data)
-                self.put(key, data)
+                self._enter(key, data)
         return data
 
     def put(self, key: int, data: bytes) -> None:
         """Keep `data` at `key`, in the place of what was there."""
         self.drop(key)
+        self._used_bytes += _cost(data)
+        self._enter(key, data)
+        # One out for one in: the allocator then uses the same, warm memory again. A generation
+        # forgotten as a whole would be given back to the system and cleared again page by page.
+        while self._used_bytes > self._used_limit and self._old:
+            self._used_bytes -= _cost(self._old.pop(next(iter(self._old))))
+
+    def _enter(self, key: int, data: bytes) -> None:
+        """Make `data` the newest of the young generation."""
         cost = _cost(data)
-        if self._young_bytes + cost > self._half:
-            self._old, self._old_bytes = self.young, self._young_bytes
+        if self._young_bytes + cost > self._used_limit // 2:
+            self._old.update(self.young)
             self.young, self._young_bytes = {}, 0
         self.young[key] = data
         self._young_bytes += cost
@@ -317,9 +327,10 @@ class InflatedCache:
         data = self.young.pop(key, None)
         if data is not None:
             self._young_bytes -= _cost(data)
+            self._used_bytes -= _cost(data)
         data = self._old.pop(key, None)
         if data is not None:
-            self._old_bytes -= _cost(data)
+            self._used_bytes -= _cost(data)
         self._drop_ahead(key)
 
     def drop_range(self, first_key: int, keys: int) -> None:

@@ -201,6 +201,19 @@ def disk(count: int = 40, size: int = 64 * KIB, **options: object) -> Disk:
     return Disk([prose(size, seed) for seed in range(count)], **options)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def in_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is inflated in threads, but for the tests that ask for `inline`."""
+    if "inline" not in request.fixturenames:
+        monkeypatch.setattr(module, "_INLINE_BYTES", 0)
+
+
+@pytest.fixture
+def inline() -> int:
+    """The largest cluster that is inflated in line, in bytes."""
+    return module._INLINE_BYTES
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Lengths of what was inflated, one for each cluster."""
@@ -519,6 +532,54 @@ async def test_what_is_inflated_can_be_read_before_its_job_ends() -> None:
         await trio.testing.wait_all_tasks_blocked()
         look_between()
     assert seen == [with_it.expected(512, 100), None]
+
+
+async def test_a_small_cluster_is_inflated_in_line(inline: int, counted: list[int]) -> None:
+    with_it = disk(size=inline)
+    for position in (0, 5 * 64 * KIB + 100, 9 * 64 * KIB - 512, 5 * 64 * KIB):
+        assert with_it.read_nowait(position, 512) == with_it.expected(position, 512)
+    assert len(counted) == 3
+    with_it.assert_idle()
+    assert with_it.read_nowait(64 * KIB - 1, 2) is None, "more than one is a thread's work"
+    await with_it.read(30 * 64 * KIB, 1)
+    with_it.assert_idle()
+
+
+async def test_what_is_not_inflated_in_line(inline: int, counted: list[int]) -> None:
+    assert disk(3, 2 * inline).read_nowait(0, 512) is None, "a large one"
+    assert disk(wrap=partial(CountingStorage, fast=False)).read_nowait(0, 512) is None
+    with_it = disk()
+    with_it.on_disk.add(0)
+    assert with_it.read_nowait(0, 512) is None
+    del with_it.entries[1]
+    assert with_it.read_nowait(64 * KIB, 512) is None
+    with_it.entries[2] = descriptor(1 << 40, 512, with_it.bits)
+    assert with_it.read_nowait(2 * 64 * KIB, 512) is None
+    assert not counted
+    with_it.file.writev_nowait([memoryview(b"\xff" * 2000)], with_it.entries[3] & 0xFFFFFF)
+    assert with_it.read_nowait(3 * 64 * KIB, 512) is None
+    with pytest.raises(CorruptImageError):
+        await with_it.read(3 * 64 * KIB, 512)
+    threads = with_it.manual()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(with_it.read, 4 * 64 * KIB, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert with_it.read_nowait(4 * 64 * KIB, 512) is None, "it is being inflated"
+        threads.run()
+    with_it.assert_idle()
+
+
+async def test_sequential_small_reads_are_inflated_ahead(inline: int) -> None:
+    with_it = disk(100, inline)
+    for position in range(0, 100 * 64 * KIB, 4096):
+        data = with_it.read_nowait(position, 4096)
+        if data is None:
+            data = await with_it.read(position, 4096)
+        assert data == with_it.expected(position, 4096)
+        await trio.lowlevel.checkpoint()
+    assert with_it.clusters._sequence._streams[0].end > 100
+    await with_it.settle()
+    with_it.assert_idle()
 
 
 # --- cancellation ---------------------------------------------------------------------------------
