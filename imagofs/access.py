@@ -133,6 +133,8 @@ class FormatAccess:
                 if code < _FIRST_CODE:
                     place = (entry & HOST_OFFSET_MASK) + within
                     return self._readers[code]((view,), place) == length
+                if code == SPECIAL:
+                    return self._map.layers[entry >> 9].special_nowait(view, guest_offset)
         try:
             runs = self._map.runs(guest_offset, length)
         except NotCached:
