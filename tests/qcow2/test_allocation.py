@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
+import pytest
+
 from imagofs.access import FormatAccess
+from imagofs.errors import CorruptImageError
 from imagofs.gate import PermissiveImplicitOpenGate
 from imagofs.opening import open_image
 from tests import qemu
-from tests.support.qcow2_oracle import check, data_clusters, read_disk
+from tests.support.qcow2_oracle import Layout, check, data_clusters, read_disk
 
 
 async def writable(path: Path, metadata_bytes: int | None = None) -> FormatAccess:
@@ -75,3 +79,122 @@ async def test_a_freed_cluster_whose_block_was_forgotten(new_image) -> None:
     contents[20 << 20 : (20 << 20) + 512] = b"\3" * 512
     await image.close()
     assert_sound(path, contents)
+
+
+def put(path: Path, offset: int, *words: int) -> None:
+    """Write big-endian 64-bit words into a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack(f">{len(words)}Q", *words))
+
+
+def first_l2_table(path: Path) -> int:
+    layout = Layout(path.read_bytes())
+    return layout.words(layout.l1_offset, 1)[0] & 0x00FFFFFFFFFFFE00
+
+
+@pytest.mark.parametrize("change", ["write", "discard", "zero"])
+async def test_no_reference_is_taken_from_metadata(new_image, change: str) -> None:
+    """A compressed descriptor that lies over the L1 table must not be its last reference."""
+    path = new_image(1 << 20, cluster_size=4096, writes=["write -q -P 1 0 64k"])
+    before = Layout(path.read_bytes())
+    put(path, first_l2_table(path) + 8, 1 << 62 | before.l1_offset)
+    image = await writable(path)
+    with pytest.raises(CorruptImageError, match="cannot be right"):
+        if change == "write":
+            await image.write(b"\2" * 4096, 4096)
+        elif change == "discard":
+            await image.discard_to_any(4096, 4096)
+        else:
+            await image.write_zeroes(4096, 4096)
+    await image.write(b"\2" * 4096, 512 << 10)
+    await image.close()
+    after = Layout(path.read_bytes())
+    assert after.refcounts()[before.l1_offset >> 12] == 1
+    assert after.words(after.l1_offset, 1) == before.words(before.l1_offset, 1)
+
+
+async def test_no_block_is_made_over_metadata_that_nobody_counts(new_image) -> None:
+    """An L2 table in a range that has no refcount block yet, in the cluster that the block of the
+    range would take."""
+    size = 1 << 20
+    path = new_image(size, cluster_size=512, refcount_bits=64, writes=["write -q -P 1 0 16k"])
+    image_bytes = path.read_bytes()
+    layout = Layout(image_bytes)
+    blocks = layout.words(layout.table_offset, 64)
+    free = next(index for index, offset in enumerate(blocks) if not offset)
+    table = first_l2_table(path)
+    place = free * 64 * 512
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(image_bytes[table : table + 512])
+    put(path, layout.l1_offset, 1 << 63 | place)
+    copy = path.read_bytes()[place : place + 512]
+    image = await writable(path)
+    with pytest.raises(CorruptImageError, match="refcount of 0"):
+        for start in range(512 << 10, size, 4096):
+            await image.write(b"\2" * 4096, start)
+    await image.close()
+    assert path.read_bytes()[place : place + 512] == copy
+
+
+async def test_clusters_of_an_old_l1_table_are_not_taken_for_unused_ones(new_image) -> None:
+    """What was metadata a moment ago must not show up around a write that fills its cluster in
+    part."""
+    size = 4 << 20  # an L2 table maps 32 KiB, a cluster has 64 L1 entries: 2 MiB
+    path = new_image(size, cluster_size=512)
+    image = await writable(path)
+    written = range(0, size, 32 << 10)
+    for start in written:  # so that there is something in the L1 table
+        await image.write(b"\1" * 512, start)
+    for size in (9 << 20, 20 << 20):
+        await image.resize(size)
+        await image.flush()
+    contents = bytearray(size)
+    for start in written:
+        contents[start : start + 512] = b"\1" * 512
+        await image.write(b"\2", start + 612)
+        contents[start + 612] = 2
+    found = bytearray(size)
+    await image.read(found, 0)
+    assert found == contents
+    await image.close()
+    assert_sound(path, contents)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_data_file_entries_that_point_elsewhere_are_refused(new_image, raw: bool) -> None:
+    folder = new_image(1 << 20, name="aside.qcow2").parent
+    path = new_image(
+        1 << 20,
+        data_file=folder / "data",
+        data_file_raw=raw,
+        writes=["write -q -P 1 0 128k"],
+    )
+    put(path, first_l2_table(path) + 8, 1 << 63)  # the second cluster is said to be at 0
+    data = (folder / "data").read_bytes()
+    image = await writable(path)
+    with pytest.raises(CorruptImageError, match="cannot be right"):
+        await image.read(bytearray(512), 64 << 10)
+    with pytest.raises(CorruptImageError, match="cannot be right"):
+        await image.write(b"\2" * 512, 64 << 10)
+    await image.close()
+    assert (folder / "data").read_bytes() == data
+
+
+async def test_a_raw_data_file_keeps_the_disks_length(new_image) -> None:
+    size = (1 << 20) - 512
+    folder = new_image(1 << 20, name="aside.qcow2").parent
+    path = new_image(size, data_file=folder / "data", data_file_raw=True)
+    with (folder / "data").open("r+b") as file:
+        file.truncate(size)
+    image = await writable(path)
+    await image.write(b"\1" * 65536, size - 65536)
+    await image.write_zeroes(size - 3000, 3000, allocate=True)
+    await image.write_zeroes(size - 70000, 70000, allocate=True)
+    await image.write_zeroes(size - 70000, 70000)
+    await image.discard_to_zero(size - 140000, 140000)
+    await image.discard_to_backing(size - 140000, 140000)
+    await image.close()
+    assert (folder / "data").stat().st_size == size
+    assert not any((folder / "data").read_bytes())

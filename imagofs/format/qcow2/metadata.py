@@ -27,6 +27,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import trio
 
@@ -96,7 +97,7 @@ class Metadata:
         self.epochs = IoEpochs()
         self._flushing = trio.Lock()
         self._asked = self._covered = self._covered_durably = 0
-        #: Set once a sync failed; from then on nothing is written.
+        #: Why nothing is written any more: a sync failed.
         self.lost: str | None = None
         #: Called then, a plain function.
         self.on_lost: Callable[[], None] | None = None
@@ -284,13 +285,18 @@ class Metadata:
                 await self.data_storage.sync()
             await self.storage.sync()
         except ImagofsError as exc:
-            self.lost = (
-                f"a sync failed ({exc.message}); what was written since the last one may be lost, "
-                f"and nothing more is written until the image is opened anew"
-            )
-            if self.on_lost is not None:
-                self.on_lost()
-            self.check_alive()
+            self._lose(f"a sync failed ({exc.message}); what was written since may be lost")
+
+    def _lose(self, reason: str) -> NoReturn:
+        """End all writing.
+
+        Raises:
+            SyncLostError: Always.
+        """
+        self.lost = f"{reason}; nothing more is written until the image is opened anew"
+        if self.on_lost is not None:
+            self.on_lost()
+        raise SyncLostError(self.lost, filename=self.storage.filename)
 
     @asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
@@ -324,9 +330,30 @@ class Metadata:
         """
         self.check_alive()
         await self._sync()
-        await self.write(FIELDS_OFFSET, header.encode_fields())
-        self.header = header
+        await self._write_header(header)
         await self._sync()
+
+    async def _write_header(self, header: Header) -> None:
+        """Write the fields; nobody can cancel it between that and `self.header`.
+
+        A write that fails may have reached the file all the same. So the old fields are put back,
+        durably, before what the new ones refer to is used for something else.
+
+        Raises:
+            StorageError: The write failed; the old fields hold.
+            SyncLostError: They could not be put back.
+        """
+        with trio.CancelScope(shield=True):
+            try:
+                await self.write(FIELDS_OFFSET, header.encode_fields())
+            except ImagofsError:
+                try:
+                    await self.write(FIELDS_OFFSET, self.header.encode_fields())
+                except ImagofsError as exc:
+                    self._lose(f"the header could neither be changed nor put back ({exc.message})")
+                await self._sync()
+                raise
+            self.header = header
 
     # --- growing the refcount table -------------------------------------------------------------
 
@@ -377,23 +404,24 @@ class Metadata:
             new_blocks[old_entries + number] = refcounts.full_block(
                 used - (number << refcounts.block_bits)
             )
+        if any(cluster >= first for cluster in self.own):
+            raise refcounts.uncounted_metadata()
         for index, block in new_blocks.items():
             await self.write(table[index], refcounts.encoded_block(block))
         await self.write(first + blocks << bits, to_big_endian(table))
         await self._sync()
         old_first, old_clusters = header.reftable_offset >> bits, header.reftable_clusters
-        new_header = replace(
-            header, reftable_offset=first + blocks << bits, reftable_clusters=table_clusters
+        await self._write_header(
+            replace(
+                header, reftable_offset=first + blocks << bits, reftable_clusters=table_clusters
+            )
         )
-        await self.write(FIELDS_OFFSET, new_header.encode_fields())
-        # From here on the file may be read through the new table.
-        self.header = new_header
+        # No await: from here on the file is read through the new table.
         refcounts.use_table(table, new_blocks, first + used)
         self.own.difference_update(range(old_first, old_first + old_clusters))
         self.own.update(range(first, first + used))
-        await self._sync()
-        for cluster in range(old_first, old_first + old_clusters):
-            refcounts.dropped[cluster] += 1
+        # The next flush syncs before it frees anything.
+        refcounts.dropped.update(range(old_first, old_first + old_clusters))
 
 
 def stretches(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -251,7 +251,7 @@ class Refcounts:
             raise TableFull
         found = self._find(number)
         if any(self._is_over_metadata(run) for run in found.runs):
-            raise self._uncounted_metadata()
+            raise self.uncounted_metadata()
         # From here on nothing may raise.
         self._free[: found.used_free] = [] if found.rest is None else [found.rest]
         self._cursor = max(self._cursor, found.cursor)
@@ -288,13 +288,14 @@ class Refcounts:
                 break
             start = first + count
         if self._is_over_metadata((first, number)):
-            raise self._uncounted_metadata()
+            raise self.uncounted_metadata()
         self._take(first, number)
         self.take_virgin(first, number)
         self.allocated += number
         return first, number
 
-    def _uncounted_metadata(self) -> CorruptImageError:
+    def uncounted_metadata(self) -> CorruptImageError:
+        """The error for clusters that would be taken but hold metadata."""
         return CorruptImageError(
             "a cluster that holds metadata has a refcount of 0, so nothing is allocated; run "
             "imagofs check",
