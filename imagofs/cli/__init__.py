@@ -23,6 +23,7 @@ VERBS: Final = {
     "mount": "mount an image (the verb may be left out)",
     "umount": "unmount, and wait until everything is on the disk",
     "info": "say what an image is made of",
+    "check": "check an image, and repair it",
     "map": "show where an image's data is",
     "create": "make an image",
     "resize": "change the size of the disk in an image",

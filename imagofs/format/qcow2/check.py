@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ...storage.base import Storage
 from .check_counts import StoredCounts, read_table
@@ -21,31 +21,44 @@ from .check_scan import Progress, Scan
 if TYPE_CHECKING:
     from .header import Header
 
-__all__ = ["check_image"]
+__all__ = ["Repair", "check_image"]
+
+#: What `check_image` may change: give leaked clusters back, or put everything right.
+Repair = Literal["leaks", "all"]
 
 
 async def check_image(
     storage: Storage,
     *,
+    repair: Repair | None = None,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Check the image in `storage`.
+    """Check the image in `storage`, and repair it if that is asked for.
 
     Nobody else may write to the image meanwhile. The image's backing file and its external data
-    file are not looked at.
+    file are not looked at. A repair that is cancelled, or ended by a power cut, leaves an image
+    that is no worse than it was; another repair finishes it.
 
     Args:
-        storage: The image file; only read.
+        storage: The image file; writable for a repair.
+        repair: "leaks" gives back what takes room for nothing and loses nothing. "all" also puts
+            right what is corrupt, and gives up data where nothing else is left: `lost` and `notes`
+            of the result say which.
         progress: Told how far the walk over the L2 tables is; it begins anew for each walk.
 
     Returns:
-        What is wrong.
+        What is wrong, after the repair if there was one.
 
     Raises:
-        FormatError: Not a qcow2 image, or its header cannot be right.
+        FormatError: Not a qcow2 image, or its header is beyond repair.
         UnsupportedError: It needs something that imagofs does not offer.
+        ReadOnlyError: A repair of a storage that is open read-only.
         StorageError: Something cannot be read or written.
     """
+    if repair is not None:
+        from .repair import repair_image
+
+        return await repair_image(storage, repair, progress=progress)
     from .loading import read_header
 
     return (await examine(storage, await read_header(storage), progress=progress)).result

@@ -223,6 +223,12 @@ class StoredCounts(Counts):
             else:
                 self.chunks[0][start : start + length] = found
 
+    def place(self, start: int) -> int:
+        """Host offset of the stored piece that begins with the cluster `start`."""
+        index = start >> self.block_bits
+        within = start - (index << self.block_bits)
+        return self.table[index] + (within * self.refcount_bits >> 3)
+
     def is_unreadable(self, cluster: int) -> bool:
         """Whether the cluster's count is not known."""
         return bool(self.unreadable) and cluster >> self.block_bits in self.unreadable

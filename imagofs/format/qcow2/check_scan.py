@@ -41,11 +41,13 @@ class State:
 
     Attributes:
         name: The snapshot's name, None for the active state.
+        snapshot: Its number in the snapshot table, None for the active state.
         l1_offset: Host offset of the L1 table.
         l1: The L1 table's entries.
     """
 
     name: str | None
+    snapshot: int | None
     l1_offset: int
     l1: array[int]
 
@@ -68,6 +70,24 @@ class Table:
     active: int
     state: int
     l1_index: int
+
+
+BITMAP_DIRECTORY = "the bitmap directory"
+
+
+def bitmap_table(bitmap: Bitmap) -> str:
+    """What the table of a bitmap is called in messages."""
+    return f"the table of bitmap {bitmap.name!r}"
+
+
+def bitmap_data(bitmap: Bitmap) -> str:
+    """What the clusters of a bitmap are called in messages."""
+    return f"bitmap {bitmap.name!r}"
+
+
+def incomplete_extra_data(header: Header, snapshot: Snapshot) -> bool:
+    """Whether the entry of a snapshot lacks what version 3 asks for."""
+    return header.version >= 3 and snapshot.extra_length < 16
 
 
 class Scan:
@@ -126,7 +146,7 @@ class Scan:
         self._mark("the header", 0, header.cluster_size)
         self._mark("the L1 table", header.l1_offset, header.l1_entries * 8)
         l1 = await read_table(self.storage, header.l1_offset, header.l1_entries)
-        self.states.append(State(None, header.l1_offset, l1))
+        self.states.append(State(None, None, header.l1_offset, l1))
         await self._read_snapshots()
         for number, state in enumerate(self.states):
             self._follow_l1(number, state)
@@ -178,7 +198,7 @@ class Scan:
     def is_beyond(self, offset: int, length: int) -> bool:
         """Whether a stretch ends behind the end of the file."""
         # The last cluster of a file may be there in part only.
-        return offset + length - self.size >= self.cluster_size
+        return offset + length - 1 >> self.cluster_bits >= self.clusters
 
     async def _read_snapshots(self) -> None:
         header, report = self.header, self.report
@@ -196,7 +216,11 @@ class Scan:
             return
         last = self.snapshots[-1]
         self._mark("the snapshot table", header.snapshots_offset, last.entry_offset + last.length)
-        for snapshot in self.snapshots:
+        for number, snapshot in enumerate(self.snapshots):
+            if incomplete_extra_data(header, snapshot):
+                report.corruption(
+                    Kind.SNAPSHOT, f"the entry of snapshot {snapshot.name!r} is incomplete"
+                )
             what = f"the L1 table of snapshot {snapshot.name!r}"
             length = snapshot.l1_entries * 8
             if snapshot.l1_offset & self.cluster_size - 1:
@@ -205,7 +229,7 @@ class Scan:
                 wrong = f"has {snapshot.l1_entries} entries"
             elif self._mark(what, snapshot.l1_offset, length):
                 l1 = await read_table(self.storage, snapshot.l1_offset, snapshot.l1_entries)
-                self.states.append(State(snapshot.name, snapshot.l1_offset, l1))
+                self.states.append(State(snapshot.name, number, snapshot.l1_offset, l1))
                 continue
             else:
                 self.incomplete = True
@@ -229,6 +253,12 @@ class Scan:
                 )
             offset = entry & OFFSET_MASK
             if not offset:
+                if entry & COPIED:
+                    self.report.corruption(
+                        Kind.ENTRY,
+                        f"entry {index} of {state} has a COPIED flag and no table",
+                        guest_offset=self.guest_offset(index),
+                    )
                 continue
             if not number:
                 self._check_l1_copied(index, entry, offset >> self.cluster_bits)
@@ -281,7 +311,8 @@ class Scan:
         if extension is None:
             return
         report = self.report
-        self._mark("the bitmap directory", extension.directory_offset, extension.directory_size)
+        place, length = extension.directory_offset, extension.directory_size
+        self._mark(BITMAP_DIRECTORY, place, length, kind=Kind.BITMAP)
         try:
             self.bitmaps = await read_bitmaps(self.storage, self.header)
         except FormatError as exc:
@@ -289,12 +320,12 @@ class Scan:
             report.error(Kind.BITMAP, f"the bitmap directory is broken: {exc.message}")
             return
         for bitmap in self.bitmaps:
-            what = f"the table of bitmap {bitmap.name!r}"
+            what = bitmap_table(bitmap)
             length = bitmap.table_entries * 8
             if bitmap.table_offset & self.cluster_size - 1 or length > self.size:
                 self.incomplete = True
                 report.error(Kind.BITMAP, f"{what} (at {bitmap.table_offset:#x}) is misplaced")
-            elif self._mark(what, bitmap.table_offset, length):
+            elif self._mark(what, bitmap.table_offset, length, kind=Kind.BITMAP):
                 table = await read_table(self.storage, bitmap.table_offset, bitmap.table_entries)
                 self._follow_bitmap(bitmap, table)
             else:
@@ -303,16 +334,37 @@ class Scan:
     def _follow_bitmap(self, bitmap: Bitmap, table: array[int]) -> None:
         for index, entry in enumerate(table):
             offset = entry & OFFSET_MASK
-            if entry & _BITMAP_RESERVED or (
-                offset and (entry & 1 or offset & self.cluster_size - 1)
-            ):
+            if not self._is_sound_bitmap_entry(entry):
                 self.report.corruption(
                     Kind.BITMAP,
-                    f"entry {index} of the table of bitmap {bitmap.name!r} cannot be right: "
-                    f"{entry:#018x}",
+                    f"entry {index} of {bitmap_table(bitmap)} cannot be right: {entry:#018x}",
                 )
             elif offset:
-                self._mark(f"bitmap {bitmap.name!r}", offset, self.cluster_size)
+                self._mark(bitmap_data(bitmap), offset, self.cluster_size, kind=Kind.BITMAP)
+
+    def _is_sound_bitmap_entry(self, entry: int) -> bool:
+        offset = entry & OFFSET_MASK
+        return not entry & _BITMAP_RESERVED and not (
+            offset and (entry & 1 or offset & self.cluster_size - 1)
+        )
+
+    def is_bitmap_entry_usable(self, bitmap: Bitmap, entry: int) -> bool:
+        """Whether an entry of a bitmap's table is possible, and its cluster the bitmap's alone."""
+        if not self._is_sound_bitmap_entry(entry):
+            return False
+        offset = entry & OFFSET_MASK
+        return not offset or self.is_alone(bitmap_data(bitmap), offset, self.cluster_size)
+
+    def is_alone(self, what: str, offset: int, length: int) -> bool:
+        """Whether a stretch is in the file, belongs to `what`, and nothing else lies over it."""
+        if offset & self.cluster_size - 1 or self.is_beyond(offset, length):
+            return False
+        clusters = range(
+            offset >> self.cluster_bits, (offset + length - 1 >> self.cluster_bits) + 1
+        )
+        return all(
+            self.own.get(cluster) == what and cluster not in self.overlaps for cluster in clusters
+        )
 
     # --- L2 tables ----------------------------------------------------------------------------
 
@@ -347,8 +399,10 @@ class Scan:
             header.reftable_clusters * self.cluster_size,
         )
         first = header.reftable_offset >> self.cluster_bits
-        if any(self.counts.get(first + n) != 1 for n in range(header.reftable_clusters)):
-            sound = False
+        for cluster in range(first, first + header.reftable_clusters):
+            if self.counts.get(cluster) != 1:
+                self.overlaps.setdefault(cluster, "something else")
+                sound = False
         blocks: list[tuple[int, int]] = []
         for index, entry in enumerate(table):
             if not entry:

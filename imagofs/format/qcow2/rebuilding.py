@@ -34,13 +34,26 @@ from .entries import (
 )
 from .header import DIRTY, FIELDS_OFFSET, MAX_REFTABLE_BYTES, Header
 
-__all__ = ["correct_copied_flags", "rebuild_refcounts", "write_changes", "write_fields"]
+__all__ = [
+    "append",
+    "correct_copied_flags",
+    "free_runs",
+    "packed",
+    "rebuild_refcounts",
+    "write_all",
+    "write_changes",
+    "write_fields",
+]
 
 _SECTOR = 512
 
 
 async def rebuild_refcounts(
-    storage: Storage, header: Header, *, progress: Progress | None = None
+    storage: Storage,
+    header: Header,
+    *,
+    progress: Progress | None = None,
+    trust_structure: bool = True,
 ) -> Header:
     """Compute the refcounts of an image from its references, store them, clear the dirty bit.
 
@@ -50,6 +63,8 @@ async def rebuild_refcounts(
         storage: The image file, writable; nobody else uses it.
         header: Its header.
         progress: Told how far the walk over the L2 tables is.
+        trust_structure: If data lies over the refcount table or its blocks it is not known which
+            of the two is right, and the image is refused. False: the data is.
 
     Returns:
         The header as it is now: without the dirty bit, perhaps with another refcount table.
@@ -63,20 +78,18 @@ async def rebuild_refcounts(
     report = Report()
     scan = Scan(storage, header, report, progress=progress)
     await scan.run()
-    if scan.overlaps or any(finding.kind not in REBUILT for finding in report.findings):
-        if report.findings:
-            what = report.findings[0].message
-        else:
-            cluster, lies = next(iter(scan.overlaps.items()))
-            what = f"{lies} lies over {scan.own[cluster]}"
+    table = await read_table(
+        storage, header.reftable_offset, header.reftable_clusters << header.cluster_bits - 3
+    )
+    what = _hindrance(scan)
+    if what is None and trust_structure and any(map(scan.counts.get, _structure(scan, table))):
+        what = "something lies over the refcount table or its blocks"
+    if what is not None:
         raise CorruptImageError(
             f"the refcounts cannot be rebuilt, since more is wrong: {what}; open the image "
             f"read-only, or run 'imagofs check --repair all' on it",
             filename=storage.filename,
         )
-    table = await read_table(
-        storage, header.reftable_offset, header.reftable_clusters << header.cluster_bits - 3
-    )
     stored = StoredCounts(header, scan.clusters, table, flat=scan.counts.flat is not None)
     await stored.load(storage)
     header = await store_refcounts(storage, scan, stored)
@@ -84,7 +97,38 @@ async def rebuild_refcounts(
     if header.dirty:
         header = replace(header, incompatible=header.incompatible & ~DIRTY)
         await write_fields(storage, header)
+    for first, number in free_runs(scan.counts, stored):
+        await storage.discard(first << header.cluster_bits, number << header.cluster_bits)
     return header
+
+
+def _hindrance(scan: Scan) -> str | None:
+    """What else than refcounts and flags is wrong."""
+    for finding in scan.report.findings:
+        if finding.kind not in REBUILT:
+            return finding.message
+    for cluster, what in scan.overlaps.items():
+        return f"{what} lies over {scan.own[cluster]}"
+    return None
+
+
+def free_runs(counts: Counts, stored: Counts) -> Iterator[tuple[int, int]]:
+    """(first, number) of host clusters that have no references, though the stored counts say so."""
+    first = number = 0
+    for start in sorted(stored.starts()):
+        wanted, found = counts.piece(start), stored.piece(start)
+        if wanted == found:
+            continue
+        for position, (references, count) in enumerate(zip(wanted, found, strict=True)):
+            if count and not references:
+                if number and first + number == start + position:
+                    number += 1
+                    continue
+                if number:
+                    yield first, number
+                first, number = start + position, 1
+    if number:
+        yield first, number
 
 
 async def store_refcounts(storage: Storage, scan: Scan, stored: StoredCounts) -> Header:
@@ -148,16 +192,14 @@ async def _store_in_place(storage: Storage, counts: Counts, stored: StoredCounts
         new, old = counts.piece(start), stored.piece(start)
         if new == old:
             continue
-        index = start >> stored.block_bits
-        within = start - (index << stored.block_bits)
-        place = stored.table[index] + (within * bits >> 3)
-        await write_changes(storage, place, _packed(old, bits), _packed(new, bits))
+        await write_changes(storage, stored.place(start), packed(old, bits), packed(new, bits))
         changed = True
     if changed:
         await storage.sync()
 
 
-def _packed(counts: array[int], bits: int) -> bytes:
+def packed(counts: array[int], bits: int) -> bytes:
+    """A piece of refcounts as the file has it."""
     # A chunk may end within a byte, where the file does.
     return pack_refcounts(counts + array(counts.typecode, [0]) * (-len(counts) % 8), bits)
 
@@ -187,9 +229,9 @@ async def _store_anew(storage: Storage, header: Header, counts: Counts) -> Heade
         table[index] = first + position << bits
     for index in sorted(blocks):
         data = _block(header, counts, index, first, first + len(blocks) + table_clusters)
-        await _write(storage, table[index], data)
+        await write_all(storage, table[index], data)
     place = first + len(blocks) << bits
-    await _write(storage, place, to_big_endian(table))
+    await write_all(storage, place, to_big_endian(table))
     await storage.sync()
     header = replace(header, reftable_offset=place, reftable_clusters=table_clusters)
     await write_fields(storage, header)
@@ -280,7 +322,21 @@ def _flags_to_change(
 # --- writing --------------------------------------------------------------------------------------
 
 
-async def _write(storage: Storage, host_offset: int, data: bytes | memoryview) -> None:
+async def append(storage: Storage, header: Header, data: bytes | bytearray) -> int:
+    """Write whole clusters behind the end of the file; nothing refers to them yet.
+
+    Returns:
+        Their host offset.
+    """
+    place = storage.size() + -storage.size() % header.cluster_size
+    await write_all(storage, place, data + bytes(-len(data) % header.cluster_size))
+    return place
+
+
+async def write_all(
+    storage: Storage, host_offset: int, data: bytes | bytearray | memoryview
+) -> None:
+    """Write `data`, without waiting where that works."""
     view = memoryview(data)
     if storage.writev_nowait((view,), host_offset) != view.nbytes:
         await storage.writev([view], host_offset)
@@ -296,13 +352,13 @@ async def write_changes(storage: Storage, host_offset: int, old: bytes, new: byt
         if old[position : position + _SECTOR] != new[position : position + _SECTOR]:
             start = position if start is None else start
         elif start is not None:
-            await _write(storage, host_offset + start, view[start:position])
+            await write_all(storage, host_offset + start, view[start:position])
             start = None
     if start is not None:
-        await _write(storage, host_offset + start, view[start:])
+        await write_all(storage, host_offset + start, view[start:])
 
 
 async def write_fields(storage: Storage, header: Header) -> None:
     """Put the header's fields in place, in one write, and make them durable."""
-    await _write(storage, FIELDS_OFFSET, header.encode_fields())
+    await write_all(storage, FIELDS_OFFSET, header.encode_fields())
     await storage.sync()

@@ -34,6 +34,7 @@ class Snapshot:
         icount: Instructions that the machine had run; None where that was not recorded.
         entry_offset: Where its entry begins in the snapshot table, in bytes.
         length: Bytes of its entry with the padding.
+        extra_length: Bytes of the entry's extra data.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Snapshot:
     icount: int | None = None
     entry_offset: int = 0
     length: int = 0
+    extra_length: int = 0
 
 
 def parse_snapshots(
@@ -112,6 +114,7 @@ def parse_snapshots(
                 icount,
                 start,
                 position - start,
+                extra_length,
             )
         )
     return snapshots

@@ -1,0 +1,84 @@
+"""What a repair would lose, found out by a repair whose writes stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...storage.base import PreallocateMode, Storage
+from ...storage.memory import MemoryStorage
+from .check_report import CheckResult
+
+__all__ = ["preview_repair"]
+
+_PAGE = 1 << 16
+
+
+async def preview_repair(storage: Storage) -> CheckResult:
+    """What `check_image(storage, repair="all")` would return. Nothing is written to `storage`.
+
+    Raises:
+        As `check_image`.
+    """
+    from .check import check_image
+
+    return await check_image(_Overlay(storage), repair="all")
+
+
+class _Overlay(Storage):
+    """Shows `inner`, and keeps in memory what is written."""
+
+    writable = True
+
+    def __init__(self, inner: Storage) -> None:
+        self._inner = inner
+        self._size = inner.size()
+        self._changed = MemoryStorage(self._size)
+        #: Numbers of the pages that are in `_changed`.
+        self._pages: set[int] = set()
+        self.filename = inner.filename
+
+    def size(self) -> int:
+        return self._size
+
+    async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
+        for view in views:
+            position = 0
+            while position < view.nbytes:
+                page = (offset + position) // _PAGE
+                length = min((page + 1) * _PAGE - offset - position, view.nbytes - position)
+                source = self._changed if page in self._pages else self._inner
+                await source.readv([view[position : position + length]], offset + position)
+                position += length
+            offset += view.nbytes
+
+    async def pure_writev(self, views: Sequence[memoryview], offset: int) -> None:
+        end = offset + sum(view.nbytes for view in views)
+        for page in range(offset // _PAGE, -(-end // _PAGE)):
+            if page not in self._pages:
+                data = bytearray(_PAGE)
+                await self._inner.readv([memoryview(data)], page * _PAGE)
+                await self._changed.writev([memoryview(data)], page * _PAGE)
+                self._pages.add(page)
+        await self._changed.writev(views, offset)
+        self._size = max(self._size, end)
+
+    async def pure_write_zeroes(self, offset: int, length: int, *, allocated: bool) -> None:
+        await self.pure_writev([memoryview(bytes(length))], offset)
+
+    async def pure_discard(self, offset: int, length: int) -> None:
+        """Discarded bytes are undefined; so they may stay."""
+
+    async def flush(self) -> None:
+        """Nothing gets anywhere."""
+
+    async def sync(self) -> None:
+        """Nothing gets anywhere."""
+
+    async def invalidate_cache(self) -> None:
+        """Nothing else changes this."""
+
+    async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
+        self._size = size
+
+    async def close(self) -> None:
+        """The storage below belongs to somebody else."""
