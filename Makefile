@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash lint format typecheck setup clean distclean
+.PHONY: help demo test pytest crash bench compare lint format typecheck setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -41,6 +41,19 @@ pytest: setup
 crash: ## try what power cuts leave of images: 100,000 of them, CRASH="--seed 7 --images 1000000"
 crash: setup
 	$(PY) -m tests.trust.crash $(CRASH)
+
+bench: ## measure parsing, mapping, access and mounts; writes bench.json and bench.md
+bench: setup
+	$(PY) -m pip install -q pytest-benchmark
+	$(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' \
+		--benchmark-json=bench.json $(ARGS)
+	$(PY) -m tests.benchmarks.table bench.json | tee bench.md
+
+compare: ## measure beside qemu-storage-daemon (as root; half an hour on an idle machine)
+compare: setup
+	sh tests/benchmarks/setup_peer.sh
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.compare --pairs 5 $(ARGS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.growth
 
 lint: ## ruff: rules and format
 lint: setup
