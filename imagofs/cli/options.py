@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 __all__ = ["MountOptions", "OptionError", "parse_options", "split_options"]
 
-_TIMES: Final = ("atime", "diratime", "relatime", "strictatime", "lazytime")
-#: Passed on to the kernel as they are.
-_KERNEL: Final = frozenset(
-    ["suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "async", "dirsync"]
-    + [prefix + name for name in _TIMES for prefix in ("", "no")]
-)
-#: For mount(8), fstab and systemd: nothing for us to do.
+#: Passed on to the kernel as they are; of two that contradict each other the later one counts.
+_KERNEL: Final = {
+    **{prefix + name: name for name in ("suid", "dev", "exec", "atime") for prefix in ("", "no")},
+    "sync": "sync",
+    "async": "sync",
+    "dirsync": "dirsync",
+}
+#: Comments for people, with a value.
+_COMMENTS: Final = frozenset(["comment"])
+#: Beginnings of options that are for systemd, mount(8) and the like.
+_FOR_OTHERS: Final = ("x-", "X-")
+#: For mount(8), fstab and systemd, or about access times that no FUSE mount keeps: nothing to do.
 _IGNORED: Final = frozenset(
     ["defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "group", "owner"]
+    + [
+        prefix + name
+        for name in ("diratime", "relatime", "strictatime", "lazytime")
+        for prefix in ("", "no")
+    ]
 )
 
 
@@ -45,7 +55,8 @@ class MountOptions:
         allow: `allow=`, perhaps several: open only below these directories; empty: anywhere.
         fsname: `fsname=`; None: the image's path.
         snapshot: `snapshot=`: show this internal snapshot.
-        lock: `lock=`: take qemu's image locks.
+        lock: `lock=`: take qemu's image locks; "auto": where the file system has such locks.
+        mkdir: `X-mount.mkdir`: make the mountpoint if it is missing.
         channel: `channel=`: use the data channel.
         direct_io: `direct_io`: bypass the kernel's page cache.
         writeback: `writeback`: let the kernel keep written pages back.
@@ -65,7 +76,8 @@ class MountOptions:
     allow: tuple[str, ...] = ()
     fsname: str | None = None
     snapshot: str | None = None
-    lock: bool = True
+    lock: bool | Literal["auto"] = "auto"
+    mkdir: bool = False
     channel: bool = True
     direct_io: bool = False
     writeback: bool = False
@@ -99,7 +111,7 @@ def parse_options(texts: Iterable[str]) -> MountOptions:
     """
     chosen: dict[str, Any] = {}
     allow: list[str] = []
-    kernel: list[str] = []
+    kernel: dict[str, str] = {}
     for option in (option for text in texts for option in split_options(text)):
         name, equals, value = option.partition("=")
         if name in _FLAGS and not equals:
@@ -118,14 +130,16 @@ def parse_options(texts: Iterable[str]) -> MountOptions:
         elif name in _FLAGS:
             raise OptionError(f"option {name!r} takes no value")
         elif option in _KERNEL:
-            kernel.append(option)
-        elif option not in _IGNORED and not option.startswith("x-") and name != "comment":
+            kernel[_KERNEL[option]] = option
+        elif name.lower() == "x-mount.mkdir":
+            chosen["mkdir"] = True
+        elif option not in _IGNORED and name not in _COMMENTS and not name.startswith(_FOR_OTHERS):
             raise OptionError(f"unknown option {option!r}")
     if allow and chosen.get("deny"):
         raise OptionError("options 'deny' and 'allow' contradict each other")
     if chosen.get("snapshot") is not None and chosen.get("writable"):
         raise OptionError("a snapshot is read-only: options 'snapshot' and 'rw' do not go together")
-    return MountOptions(allow=tuple(allow), kernel=tuple(kernel), **chosen)
+    return MountOptions(allow=tuple(allow), kernel=tuple(kernel.values()), **chosen)
 
 
 def _file_name(value: str) -> str:
@@ -181,6 +195,12 @@ def _switch(value: str) -> bool:
     return value == "on"
 
 
+def _locking(value: str) -> bool | Literal["auto"]:
+    if value not in ("on", "off", "auto"):
+        raise ValueError("on, off or auto")
+    return "auto" if value == "auto" else value == "on"
+
+
 def _size(value: str) -> int:
     digits = value.rstrip("kKmMgG")
     suffix = value[len(digits) :].lower()
@@ -212,7 +232,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "format": ("format", _format),
     "fsname": ("fsname", str),
     "snapshot": ("snapshot", str),
-    "lock": ("lock", _switch),
+    "lock": ("lock", _locking),
     "channel": ("channel", _switch),
     "metadata_cache": ("metadata_bytes", _size),
     "inflate_cache": ("inflated_bytes", _size),

@@ -121,7 +121,8 @@ def test_options() -> None:
     sizes = parse_options(["metadata_cache=4M,inflate_cache=1g"])
     assert (sizes.metadata_bytes, sizes.inflated_bytes) == (4 << 20, 1 << 30)
     assert parse_options(["defaults,nofail,noauto,_netdev,x-gvfs-hide,comment=y"]) == MountOptions()
-    assert parse_options(["nosuid,relatime"]).kernel == ("nosuid", "relatime")
+    kernel = parse_options(["nosuid,relatime,noexec,suid", "async"]).kernel
+    assert kernel == ("suid", "noexec", "async")
     assert parse_options([",,ro,"]) == MountOptions()
 
 
