@@ -349,12 +349,15 @@ class InflatedCache:
 
         Buffers are used again: the system would have to clear new ones page by page.
         """
-        if self._buffers and len(self._buffers[-1]) >= length:
-            return self._buffers.pop()
+        if length <= _BUFFER_BYTES:
+            try:
+                return self._buffers.pop()
+            except IndexError:
+                pass
         return bytearray(max(length, _BUFFER_BYTES))
 
     def give_buffer(self, buffer: bytearray) -> None:
-        """Give back what `take_buffer` returned. Nobody uses it any more."""
+        """Give back what `take_buffer` returned, from any thread. Nobody uses it any more."""
         if len(self._buffers) < _MAX_THREADS and len(buffer) == _BUFFER_BYTES:
             self._buffers.append(buffer)
 
@@ -376,63 +379,65 @@ class InflateThreads:
     """Runs work in trio's worker threads, no more at a time than there are processors.
 
     The work belongs to nobody: a task that waits for its end may be cancelled, and the work goes
-    on. All methods are plain functions of trio's thread; work never waits and always ends soon.
+    on. A thread that is done takes the next work by itself, so that all goes on while trio's thread
+    is busy with something else.
 
     Args:
         limit: Threads at a time; None: one per processor, up to 4.
     """
 
-    __slots__ = ("_later", "_running", "_urgent", "limit")
+    __slots__ = ("_later", "_lock", "_running", "_urgent", "limit")
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._lock = threading.Lock()
         self._running = 0
         self._urgent: deque[_Work] = deque()
         self._later: deque[_Work] = deque()
 
     def submit(self, work: Callable[[], None], done: Callable[[], None], *, urgent: bool) -> None:
-        """Call `work` in a thread and then, in trio's thread, `done`.
+        """Call `work` in a thread and then, in trio's thread, `done`. A plain function.
 
         Args:
-            work: Must not raise.
+            work: Must not raise, nor wait for anything.
             done: Must not raise. Not called if trio's loop has ended meanwhile.
             urgent: Somebody waits for it: it overtakes what is not urgent.
         """
-        (self._urgent if urgent else self._later).append(_Work(work, done))
-        self._start_more()
-
-    def _start_more(self) -> None:
-        while self._running < self.limit:
-            if self._urgent:
-                work, done = self._urgent.popleft()
-            elif self._later:
-                work, done = self._later.popleft()
-            else:
+        with self._lock:
+            token = trio.lowlevel.current_trio_token()
+            (self._urgent if urgent else self._later).append(_Work(work, done, token))
+            if self._running >= self.limit:
                 return
             self._running += 1
-            self._start(work, done, trio.lowlevel.current_trio_token())
+        try:
+            trio.lowlevel.start_thread_soon(self._work, _ignore, "imagofs inflate")
+        except RuntimeError:  # the system has no thread left
+            self._work()
 
-    def _start(
-        self, work: Callable[[], None], done: Callable[[], None], token: trio.lowlevel.TrioToken
-    ) -> None:
-        def ended() -> None:
-            self._running -= 1
-            self._start_more()
-            done()
-
-        def deliver(_: outcome.Outcome[None]) -> None:
+    def _work(self) -> None:
+        """Do all the work that there is."""
+        while (next_work := self._next()) is not None:
+            next_work.work()
             try:
-                token.run_sync_soon(ended)
+                next_work.token.run_sync_soon(next_work.done)
             except trio.RunFinishedError:
                 pass
 
-        try:
-            trio.lowlevel.start_thread_soon(work, deliver, "imagofs inflate")
-        except RuntimeError:  # the system has no thread left
-            work()
-            ended()
+    def _next(self) -> _Work | None:
+        with self._lock:
+            if self._urgent:
+                return self._urgent.popleft()
+            if self._later:
+                return self._later.popleft()
+            self._running -= 1
+            return None
 
 
 class _Work(NamedTuple):
     work: Callable[[], None]
     done: Callable[[], None]
+    token: trio.lowlevel.TrioToken
+
+
+def _ignore(_: outcome.Outcome[None]) -> None:
+    """Nobody waits for a thread's end."""

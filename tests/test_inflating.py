@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -502,8 +503,18 @@ async def test_work_is_done_where_no_thread_can_be_had(monkeypatch: pytest.Monke
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(trio.lowlevel, "start_thread_soon", refuse)
-    done: list[str] = []
+    steps: list[str] = []
     threads = InflateThreads(1)
     for _ in range(3):
-        threads.submit(lambda: done.append("work"), lambda: done.append("done"), urgent=False)
-    assert done == ["work", "done"] * 3
+        threads.submit(lambda: steps.append("work"), lambda: steps.append("done"), urgent=False)
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    assert sorted(steps) == ["done"] * 3 + ["work"] * 3
+
+
+async def test_work_goes_on_while_the_loop_is_busy() -> None:
+    threads = InflateThreads(1)
+    last = threading.Event()
+    for _ in range(10):
+        threads.submit(lambda: None, lambda: None, urgent=False)
+    threads.submit(last.set, lambda: None, urgent=False)
+    assert last.wait(10), "trio's thread was needed in between"

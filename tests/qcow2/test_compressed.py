@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import zstandard
 
 from imagofs import FormatAccess, Qcow2, open_image

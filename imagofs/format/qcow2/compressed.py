@@ -477,17 +477,19 @@ class CompressedClusters:
                 self._finish(job)
 
     def _submit(self, job: _Job) -> None:
-        frames, results = job.frames, job.results
-        inflate, cluster_size = self._inflate, self._cluster_size
+        inflate, cluster_size, cache = self._inflate, self._cluster_size, self._cache
 
         def work() -> None:
-            for cluster, frame in frames:
+            for cluster, frame in job.frames:
                 try:
-                    results[cluster] = inflate(frame, cluster_size)
+                    job.results[cluster] = inflate(frame, cluster_size)
                 except Exception as error:  # it is raised again where somebody asked for it
-                    results[cluster] = error
+                    job.results[cluster] = error
+            # At once: trio's thread may call `_finish` much later.
+            job.frames.clear()
+            cache.give_buffer(job.buffer)
 
-        self._cache.threads.submit(work, lambda: self._finish(job), urgent=bool(job.wanted))
+        cache.threads.submit(work, lambda: self._finish(job), urgent=bool(job.wanted))
 
     def _finish(self, job: _Job) -> None:
         """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
@@ -502,8 +504,5 @@ class CompressedClusters:
                 self._cache.put(self._namespace + cluster, data)
             else:
                 self._cache.put_ahead(self._namespace + cluster, data)
-        job.frames = []
-        self._cache.give_buffer(job.buffer)
-        job.buffer = bytearray()
         self._jobs.discard(job)
         job.done.set()
