@@ -450,9 +450,13 @@ class Writer:
             await self._make_table_ours(guest_offset)
             mapping = await self._driver.get_mapping(guest_offset, stop - guest_offset)
             if not (isinstance(mapping, RawMapping) and mapping.writable):
-                # What is not ours yet becomes ours with contents that nobody else wrote.
-                await self._write([], guest_offset, mapping.length, source)
-                mapping = await self._driver.get_mapping(guest_offset, mapping.length)
+                # What is not ours yet becomes ours with contents that nobody else wrote. Zeroes
+                # only go where the mapping is sure to reach: the new clusters may lie apart.
+                length = mapping.length
+                if overwrite:
+                    length = min(length, self._cluster_size - guest_offset % self._cluster_size)
+                await self._write([], guest_offset, length, source)
+                mapping = await self._driver.get_mapping(guest_offset, length)
         assert isinstance(mapping, RawMapping)
         return mapping
 
