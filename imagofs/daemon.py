@@ -175,7 +175,7 @@ class _Daemon:
         Raises:
             ImagofsError: Something failed before the mount answered; nothing is mounted.
         """
-        self._is_file = prepare_mountpoint(self.point)
+        self._is_file = prepare_mountpoint(self.point, make=self.options.mkdir)
         if self._is_file and self.options.name is not None:
             raise OutOfRangeError(
                 "the mountpoint is a file, and name= is for directories", filename=self.point
@@ -327,8 +327,12 @@ class _Daemon:
         return ""
 
 
-def prepare_mountpoint(point: str) -> bool:
+def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
     """See that something can be mounted at `point`; clear a mount that lost its daemon.
+
+    Args:
+        point: The mountpoint, a real path.
+        make: Make it, and the directories above it, if it is missing.
 
     Returns:
         True if it is a regular file, False if it is a directory.
@@ -346,13 +350,15 @@ def prepare_mountpoint(point: str) -> bool:
                 )
             mounts.detach(point)
             log.warning("%s: cleared what a daemon that is gone had left mounted", point)
+        if make and not os.path.lexists(point):
+            os.makedirs(point, exist_ok=True)
         kind = os.stat(point).st_mode
     except StorageError:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno == errno.ENOENT:
-            reason += "; make a directory or a file there first"
+            reason += "; make a directory or a file there first, or add -o X-mount.mkdir"
         elif error.errno == errno.ENOTCONN:
             reason += ": unmount what is mounted there first"
         raise StorageError(

@@ -10,10 +10,11 @@ Rules that live here:
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -28,7 +29,12 @@ from .storage.file import FileStorage
 if TYPE_CHECKING:
     from .access import FormatAccess
 
-__all__ = ["FROM_HEADER", "MAX_CHAIN_DEPTH", "FromHeader", "OpenContext", "open_image"]
+__all__ = ["FROM_HEADER", "MAX_CHAIN_DEPTH", "FromHeader", "Locking", "OpenContext", "open_image"]
+
+log = logging.getLogger(__name__)
+
+#: Whether qemu's image locks are taken; "auto": where the file system has them.
+Locking = bool | Literal["auto"]
 
 MAX_CHAIN_DEPTH = 200
 _PROBE_BYTES = 4096
@@ -62,7 +68,7 @@ class OpenContext:
     Attributes:
         gate: Decides on every file that an image refers to.
         options: How files are opened; `writable` counts for the top layer only.
-        lock: Take qemu's image locks on every file.
+        lock: Take qemu's image locks on every file; "auto": where the file system has such locks.
         cache: The chain's metadata cache.
         inflated: The chain's cache of inflated clusters.
         image: The name of the image that refers to what is opened.
@@ -73,7 +79,7 @@ class OpenContext:
 
     gate: ImplicitOpenGate = field(default_factory=_NoGate)
     options: StorageOpenOptions = field(default_factory=StorageOpenOptions)
-    lock: bool = False
+    lock: Locking = False
     cache: MetadataCache = field(default_factory=MetadataCache)
     inflated: InflatedCache = field(default_factory=InflatedCache)
     image: str = ""
@@ -87,7 +93,7 @@ class OpenContext:
         *,
         gate: ImplicitOpenGate | None = None,
         options: StorageOpenOptions | None = None,
-        lock: bool = False,
+        lock: Locking = False,
         metadata_bytes: int | None = None,
         inflated_bytes: int | None = None,
     ) -> OpenContext:
@@ -202,7 +208,7 @@ async def open_image(
     format: str | None = None,
     gate: ImplicitOpenGate | None = None,
     storage_options: StorageOpenOptions | None = None,
-    lock: bool = False,
+    lock: Locking = False,
     snapshot: str | None = None,
     metadata_bytes: int | None = None,
     inflated_bytes: int | None = None,
@@ -217,7 +223,8 @@ async def open_image(
             a qcow2 header into it that names a file of the host.
         gate: Decides on the files that the image refers to; None: refuse with the way to allow it.
         storage_options: How files are opened; `writable` of it is not looked at.
-        lock: Take the locks that qemu takes, on every file of the chain.
+        lock: Take the locks that qemu takes, on every file of the chain; "auto": go on, with a
+            warning, where the file system has no such locks.
         snapshot: Name or ID of an internal snapshot to read instead of the current state.
         metadata_bytes: Bound of the cache of metadata tables; None: 32 MiB.
         inflated_bytes: Bound of the cache of inflated clusters; None: 64 MiB.
@@ -258,7 +265,7 @@ async def open_storage(
     *,
     writable: bool = False,
     options: StorageOpenOptions | None = None,
-    lock: bool = False,
+    lock: Locking = False,
 ) -> Storage:
     """A path as a storage; a storage is passed through."""
     if isinstance(image, Storage):
@@ -268,7 +275,7 @@ async def open_storage(
 
 
 async def _open_file(
-    path: str, options: StorageOpenOptions, lock: bool, *, where: str | None = None
+    path: str, options: StorageOpenOptions, lock: Locking, *, where: str | None = None
 ) -> FileStorage:
     """Open a file; with `where`, only if that is its path without symbolic links."""
     storage = await FileStorage.open(path, options)
@@ -279,6 +286,11 @@ async def _open_file(
     if lock:
         try:
             storage.lock(writable=options.writable)
+        except UnsupportedError as error:
+            if lock != "auto":
+                await _close(storage)
+                raise
+            log.warning("%s; going on without locks (lock=off says so beforehand)", error)
         except BaseException:
             await _close(storage)
             raise

@@ -28,7 +28,11 @@ VERBS: Final = {
     "create": "make an image",
     "resize": "change the size of the disk in an image",
     "snapshot": "list the snapshots inside an image",
+    "install-helpers": "let mount(8) and /etc/fstab know imagofs",
 }
+
+#: What mount(8) and umount(8) call, through the helpers that `install-helpers` writes.
+_HELPERS: Final = {"mount.imagofs": "mount_helper", "umount.imagofs": "umount_helper"}
 
 _USAGE: Final = """\
 usage: imagofs [mount] IMAGE MOUNTPOINT [-f] [-v] [-o OPTION[,OPTION...]]
@@ -71,14 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_USAGE)
         print("verbs ('imagofs VERB --help' says more):")
         for verb, purpose in VERBS.items():
-            print(f"  {verb:<10}{purpose}")
+            print(f"  {verb:<17}{purpose}")
         return 0
     if words[0] in ("-V", "--version"):
         print(f"imagofs {__version__}")
         return 0
-    verb = words.pop(0) if words[0] in VERBS else "mount"
+    verb = words.pop(0) if words[0] in VERBS or words[0] in _HELPERS else "mount"
     try:
-        code: int = importlib.import_module(f"{__name__}.{verb}").main(words)
+        module = _HELPERS.get(verb) or verb.replace("-", "_")
+        code: int = importlib.import_module(f"{__name__}.{module}").main(words)
         sys.stdout.flush()
     except ImagofsError as error:
         report(str(error))

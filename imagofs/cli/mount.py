@@ -18,12 +18,14 @@ options of -o, separated by commas:
   allow=DIR             only what lies below DIR; may be given again
   fsname=NAME           the source that mount(8) shows (default: the image's path)
   snapshot=NAME         show an internal snapshot
-  lock=on|off           take the locks that qemu takes (default: on)
+  lock=on|off|auto      take the locks that qemu takes (default: auto: where the file system has
+                        such locks)
   direct_io             bypass the kernel's page cache
   writeback             let the kernel keep written pages back
   channel=on|off        off: every request through pyfuse3
   metadata_cache=SIZE, inflate_cache=SIZE
                         bounds of the caches (default: 32M and 64M)
+  X-mount.mkdir         make the mountpoint if it is missing
 and the options of mount(8) for the kernel: nosuid, nodev, noexec, noatime ...
 """
 

@@ -20,10 +20,6 @@ _KERNEL: Final = {
     "async": "sync",
     "dirsync": "dirsync",
 }
-#: Comments for people, with a value.
-_COMMENTS: Final = frozenset(["comment"])
-#: Beginnings of options that are for systemd, mount(8) and the like.
-_FOR_OTHERS: Final = ("x-", "X-")
 #: For mount(8), fstab and systemd, or about access times that no FUSE mount keeps: nothing to do.
 _IGNORED: Final = frozenset(
     ["defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "group", "owner"]
@@ -32,7 +28,11 @@ _IGNORED: Final = frozenset(
         for name in ("diratime", "relatime", "strictatime", "lazytime")
         for prefix in ("", "no")
     ]
+    + ["nousers", "nogroup", "noowner", "silent", "loud"]
 )
+#: The same, with or without a value; and the prefixes of what is for others.
+_COMMENTS: Final = frozenset(["comment", "user"])
+_FOR_OTHERS: Final = ("x-", "X-")
 
 
 class OptionError(ValueError):
@@ -103,8 +103,12 @@ def split_options(text: str) -> list[str]:
     return [option for option in options if option]
 
 
-def parse_options(texts: Iterable[str]) -> MountOptions:
+def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """The options in `texts`, one text for each `-o`.
+
+    Args:
+        texts: The texts.
+        sloppy: Pass over options that are not known.
 
     Raises:
         OptionError: The message names the option.
@@ -133,7 +137,9 @@ def parse_options(texts: Iterable[str]) -> MountOptions:
             kernel[_KERNEL[option]] = option
         elif name.lower() == "x-mount.mkdir":
             chosen["mkdir"] = True
-        elif option not in _IGNORED and name not in _COMMENTS and not name.startswith(_FOR_OTHERS):
+        elif name in _COMMENTS or option in _IGNORED or name.startswith(_FOR_OTHERS) or sloppy:
+            continue
+        else:
             raise OptionError(f"unknown option {option!r}")
     if allow and chosen.get("deny"):
         raise OptionError("options 'deny' and 'allow' contradict each other")

@@ -31,8 +31,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
     """Unmount what imagofs mounted at `mountpoint`; wait for its daemon unless `lazy`.
+
+    Args:
+        mountpoint: Where it is mounted.
+        lazy: Take it away even while it is used, and do not wait.
+        force: Sever the connection: its users get errors.
 
     Raises:
         StorageError: It is no mount of imagofs, it is in use, or something was lost.
@@ -54,9 +59,12 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         _detach(point, lazy=True)
         return
     with connection:
-        _detach(point, lazy=lazy)
-        if lazy or any(other.device == mount.device for other in mounts.mounts()):
-            return  # used, or mounted elsewhere too
+        if force:
+            mounts.sever(point)  # the daemon takes away what is mounted then
+        else:
+            _detach(point, lazy=lazy)
+            if lazy or any(other.device == mount.device for other in mounts.mounts()):
+                return  # used, or mounted elsewhere too
         try:
             lost = connection.wait()
         except EndedEarly:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mmap import PAGESIZE, mmap
 
+from .statistics import Latencies
+
 __all__ = ["BufferPool", "ChannelStatistics", "MessageBuffer"]
 
 _SLICES = 512
@@ -75,10 +77,14 @@ class ChannelStatistics:
         slow_writes: WRITEs among them that had to wait for the image.
         others: Other requests that the channel answered.
         forwarded: Requests that pyfuse3 answered.
+        deepest: The most requests that ever waited at the same time.
+        latencies: How long READs, WRITEs and the others that the channel answered took.
     """
 
     __slots__ = (
+        "deepest",
         "forwarded",
+        "latencies",
         "others",
         "read_bytes",
         "reads",
@@ -91,7 +97,5 @@ class ChannelStatistics:
     def __init__(self) -> None:
         self.reads = self.read_bytes = self.slow_reads = 0
         self.writes = self.write_bytes = self.slow_writes = 0
-        self.others = self.forwarded = 0
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {getattr(self, name)}" for name in sorted(self.__slots__))
+        self.others = self.forwarded = self.deepest = 0
+        self.latencies = Latencies()

@@ -27,6 +27,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from time import perf_counter_ns
 from typing import Any, Final
 
 import trio
@@ -44,6 +45,7 @@ from .protocol import (
     WRITE_DATA_OFFSET,
     error_reply,
 )
+from .statistics import SAMPLE_EVERY
 
 __all__ = ["Channel"]
 
@@ -67,6 +69,9 @@ _SOCKET_BYTES = 1 << 20
 #: without giving up the thread, while no task is waiting (milliseconds).
 _SPIN = 40 if len(os.sched_getaffinity(0)) > 1 else 0
 _SLEEP_MILLISECONDS = 2
+
+#: Of a request's number, which goes up by 2: the bits that are zero if it is timed.
+_SAMPLE_MASK = 2 * SAMPLE_EVERY - 2
 
 # What a burst ended with.
 _IDLE: Final = 0  # nothing more to read now
@@ -167,6 +172,11 @@ class Channel:
         """Read no further request."""
         self._scope.cancel()
 
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait for the image."""
+        return self._tasks
+
     def _is_full(self) -> bool:
         return self._tasks >= _TASK_LIMIT or self._task_bytes >= _TASK_BYTES
 
@@ -188,7 +198,8 @@ class Channel:
         view = request.view
         vector = (view,)
         reads = read_bytes = writes = write_bytes = 0
-        spins = 0
+        add_latency = self.statistics.latencies.add
+        spins = started = 0
         budget = _BUDGET
         try:
             while budget > 0:
@@ -213,6 +224,8 @@ class Channel:
                 spins = 0
                 budget -= 1
                 _, opcode, unique, _, offset, size = unpack(view)
+                if timed := not unique & _SAMPLE_MASK:
+                    started = perf_counter_ns()
                 if opcode == READ:
                     if offset + size > disk_size:
                         size = self._disk.clip(offset, size)
@@ -230,6 +243,8 @@ class Channel:
                             self._unanswered(error)
                         reads += 1
                         read_bytes += size
+                        if timed:
+                            add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
                         budget -= size >> _BUDGET_SHIFT
                         continue
                     self._start(unique, ("read", offset, size), size, self._read, offset, size)
@@ -249,6 +264,8 @@ class Channel:
                             self._unanswered(error)
                         writes += 1
                         write_bytes += size
+                        if timed:
+                            add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
                         budget -= size >> _BUDGET_SHIFT
                         continue
                     self._write_later(unique, data, offset)
@@ -305,6 +322,8 @@ class Channel:
     ) -> None:
         """Start a task for a request that may wait; `held_bytes` is the size of its buffer."""
         self._tasks += 1
+        if self._tasks > self.statistics.deepest:
+            self.statistics.deepest = self._tasks
         self._task_bytes += held_bytes
         self._nursery.start_soon(self._run, unique, action, held_bytes, work, arguments)
 
@@ -316,6 +335,7 @@ class Channel:
         work: Callable[..., Awaitable[None]],
         arguments: tuple[Any, ...],
     ) -> None:
+        started = perf_counter_ns()
         try:
             await work(unique, *arguments)
         except Exception as error:
@@ -323,6 +343,7 @@ class Channel:
         finally:
             self._tasks -= 1
             self._task_bytes -= held_bytes
+            self.statistics.latencies.add(perf_counter_ns() - started)
             self._room.unpark_all()
 
     def _fail(

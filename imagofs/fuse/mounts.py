@@ -22,12 +22,14 @@ __all__ = [
     "is_dead",
     "mounts",
     "real_path",
+    "sever",
     "users",
 ]
 
 #: The type that mount(8) shows for a mount of ours.
 FSTYPE: Final = "fuse.imagofs"
 
+_MNT_FORCE = 1
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -141,6 +143,21 @@ def detach(point: str, *, lazy: bool = True) -> None:
     if number != errno.EPERM:
         raise OSError(number, os.strerror(number), point)
     _detach_as_user(point, lazy=lazy)
+
+
+def sever(point: str) -> None:
+    """Break the connection between the mount at `point` and its daemon, as `umount -f`.
+
+    Raises:
+        OSError: EPERM if this user may not.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(point), _UMOUNT_NOFOLLOW | _MNT_FORCE):
+        number = ctypes.get_errno()
+        if number != errno.EBUSY:  # the connection is severed all the same
+            raise OSError(number, os.strerror(number), point)
 
 
 def _detach_as_user(point: str, *, lazy: bool) -> None:

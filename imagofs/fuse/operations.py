@@ -39,6 +39,7 @@ _WRITABLE_SECONDS = 1.0
 
 _FORMAT = b"user.imagofs.format"
 _CHAIN = b"user.imagofs.chain"
+_STATS = b"user.imagofs.stats"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,9 +89,16 @@ class Operations(pyfuse3.Operations):
         disk: The file that is shown.
         shown: How it appears.
         on_init: Called when the kernel has asked for the session to begin.
+        statistics: Gives what the extended attribute `user.imagofs.stats` shows.
     """
 
-    def __init__(self, disk: Disk, shown: Shown, on_init: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        shown: Shown,
+        on_init: Callable[[], None],
+        statistics: Callable[[], dict[str, Any]],
+    ) -> None:
         super().__init__()
         self.disk = disk
         self.shown = shown
@@ -98,6 +106,7 @@ class Operations(pyfuse3.Operations):
         self.file_inode = ROOT if shown.name is None else FILE
         self.enable_writeback_cache = disk.writeback
         self._on_init = on_init
+        self._statistics = statistics
         # Times that a client set, and the image's own time when it did: they hold until the image
         # changes the next time.
         self._times: tuple[int, int, int] | None = None
@@ -212,7 +221,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return [_FORMAT, _CHAIN]
+        return [_FORMAT, _CHAIN, _STATS]
 
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
@@ -228,6 +237,8 @@ class Operations(pyfuse3.Operations):
                 for layer in self.disk.access.layers()
             ]
             return json.dumps(layers).encode()
+        if name == _STATS:
+            return json.dumps(self._statistics()).encode()
         raise FUSEError(pyfuse3.ENOATTR)
 
     @_answered

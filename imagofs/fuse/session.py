@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from . import mounts, protocol
 from .channel import Channel
 from .disk import Disk
 from .operations import Operations, Shown
+from .statistics import one_line, snapshot
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -88,8 +90,13 @@ class Session:
         #: "major:minor" of the mounted file system, None before.
         self.device: str | None = None
         self.channel: Channel | None = None
+        #: For the statistics: when it began, and what the image took on the host then.
+        self.started = time.monotonic()
+        self.allocated_at_start = disk.access.allocated_bytes()
         self._ready: Callable[[], None] | None = None
-        self._operations = Operations(disk, options.shown, self._initialised)
+        self._operations = Operations(
+            disk, options.shown, self._initialised, lambda: snapshot(self)
+        )
         self._threads = trio.CapacityLimiter(2)
         self._stopping = False
         self._loop_scope = trio.CancelScope()
@@ -166,7 +173,7 @@ class Session:
 
     def statistics(self) -> str:
         """What was done so far, in one line."""
-        return str(self.channel.statistics) if self.channel else "no channel, nothing is counted"
+        return one_line(snapshot(self))
 
     # --- serving ------------------------------------------------------------------------------
 
