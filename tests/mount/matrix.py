@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests import qemu
 
@@ -33,7 +34,7 @@ def _writes(size: int, seed: int, count: int = 24) -> list[str]:
     return commands
 
 
-def _plain(size: int = 6 * MIB, **options: str | int | bool) -> Builder:
+def _plain(size: int = 6 * MIB, **options: Any) -> Builder:
     def build(folder: Path) -> tuple[Path, str]:
         seed = size + len(str(options))
         image = qemu.create(
@@ -44,7 +45,7 @@ def _plain(size: int = 6 * MIB, **options: str | int | bool) -> Builder:
     return build
 
 
-def _data_file(**options: str | int | bool) -> Builder:
+def _data_file(**options: Any) -> Builder:
     def build(folder: Path) -> tuple[Path, str]:
         image = qemu.create(
             folder / "image.qcow2",
@@ -58,7 +59,7 @@ def _data_file(**options: str | int | bool) -> Builder:
     return build
 
 
-def _compressed(kind: str, **options: str | int | bool) -> Builder:
+def _compressed(kind: str, **options: Any) -> Builder:
     """Compressed clusters, some of them overwritten, and some that did not get smaller."""
 
     def build(folder: Path) -> tuple[Path, str]:
@@ -83,7 +84,7 @@ def _chain(
     *,
     base_format: str = "qcow2",
     absolute: bool = False,
-    layers: list[dict[str, str | int | bool]] | None = None,
+    layers: list[dict[str, Any]] | None = None,
 ) -> Builder:
     """A chain, the base first; each layer has its own data, named relatively or absolutely."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -88,8 +89,8 @@ def test_not_a_file(tmp_path: Path, kind: str) -> None:
     else:
         import socket
 
-        with socket.socket(socket.AF_UNIX) as listener:
-            os.chdir(tmp_path)
+        # The name may be longer than an address of a socket can be.
+        with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):
             listener.bind("image")
     assert str(image) in refused(image)
 
