@@ -288,9 +288,17 @@ class InflatedCache:
                 self._enter(key, data)
         return data
 
+    def __contains__(self, key: int) -> bool:
+        """Whether a cluster is kept at `key`, used or not."""
+        return key in self.young or key in self._old or key in self.ahead
+
     def put(self, key: int, data: bytes) -> None:
         """Keep `data` at `key`, in the place of what was there."""
         self.drop(key)
+        self._use(key, data)
+
+    def _use(self, key: int, data: bytes) -> None:
+        """Keep `data` at `key`, where nothing is, as the newest."""
         self._used_bytes += _cost(data)
         self._enter(key, data)
         # One out for one in: the allocator then uses the same, warm memory again. A generation
@@ -319,7 +327,7 @@ class InflatedCache:
         """The cluster at `key` if it was inflated ahead; from now on it counts as used."""
         data = self._drop_ahead(key)
         if data is not None:
-            self.put(key, data)
+            self._use(key, data)
         return data
 
     def drop(self, key: int) -> None:

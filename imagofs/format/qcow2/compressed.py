@@ -142,20 +142,15 @@ class CompressedClusters:
         if end <= self._cluster_size:
             data = self._cache.young.get(self._namespace + cluster)
             if data is None:
-                data = self._take(cluster) or self._inflate_here(cluster)
+                data = self._take_one(cluster)
                 if data is None:
                     return False
             view[:] = data[within:end]
             return True
         last = guest_offset + view.nbytes - 1 >> self._cluster_bits
-        if any(self._peek(number) is None for number in range(cluster, last + 1)):
-            return False
         found: dict[int, bytes] = {}
-        for number in range(cluster, last + 1):
-            data = self._take(number)
-            if data is None:  # taking one pushed another out of a small cache
-                return False
-            found[number] = data
+        if self._take(range(cluster, last + 1), found):
+            return False
         self._copy(found, [view], guest_offset, view.nbytes)
         return True
 
@@ -211,30 +206,44 @@ class CompressedClusters:
 
     # --- what is there ------------------------------------------------------------------------
 
-    def _peek(self, cluster: int) -> bytes | None:
-        """The inflated cluster if it is in memory, even in a job that has not ended."""
-        key = self._namespace + cluster
-        data = self._cache.get(key) or self._cache.ahead.get(key)
-        if data is None and (job := self._inflight.get(cluster)) is not None:
-            result = job.results.get(cluster)
-            return result if isinstance(result, bytes) else None
+    def _take(self, clusters: Iterable[int], found: dict[int, bytes]) -> list[int]:
+        """Enter those of `clusters` that are in memory into `found`; return the others.
+
+        What was inflated ahead counts as used from now on, and more is inflated ahead.
+        """
+        cache, namespace = self._cache, self._namespace
+        missing: list[int] = []
+        fresh: list[int] = []
+        for cluster in clusters:
+            data = cache.get(namespace + cluster)
+            if data is None:
+                data = cache.promote(namespace + cluster) or self._take_early(cluster)
+                if data is None:
+                    missing.append(cluster)
+                    continue
+                fresh.append(cluster)
+            found[cluster] = data
+        if fresh:
+            self._read_ahead(fresh[0], fresh[-1] - fresh[0] + 1, missed=False)
+        return missing
+
+    def _take_early(self, cluster: int) -> bytes | None:
+        """The cluster if it is inflated by now in a job that has not ended."""
+        job = self._inflight.get(cluster)
+        if job is None:
+            return None
+        data = job.results.get(cluster)
+        if not isinstance(data, bytes):
+            return None
+        job.wanted.add(cluster)
+        self._cache.put(self._namespace + cluster, data)
         return data
 
-    def _take(self, cluster: int) -> bytes | None:
-        """As `_peek`; what was inflated ahead counts as used, and more is inflated ahead."""
-        key = self._namespace + cluster
-        data = self._cache.get(key)
-        if data is not None:
-            return data
-        data = self._cache.promote(key)
-        if data is None:
-            data = self._peek(cluster)
-            if data is None:
-                return None
-            self._inflight[cluster].wanted.add(cluster)
-            self._cache.put(key, data)
-        self._read_ahead(cluster, 1, missed=False)
-        return data
+    def _take_one(self, cluster: int) -> bytes | None:
+        found: dict[int, bytes] = {}
+        if not self._take((cluster,), found):
+            return found[cluster]
+        return self._inflate_here(cluster)
 
     def _copy(
         self, found: dict[int, bytes], views: list[memoryview], guest_offset: int, length: int
@@ -322,19 +331,14 @@ class CompressedClusters:
         """
         jobs: dict[_Job, list[int]] = {}
         pieces: list[_Piece] = []
-        waiting_from = clusters.start
-        for cluster in clusters:
-            if cluster in found:
-                continue
-            data = self._take(cluster)
-            if data is not None:
-                found[cluster] = data
-                continue
+        missing = self._take([c for c in clusters if c not in found], found)
+        if not missing:
+            return jobs, None
+        waiting_from = missing[0]
+        for cluster in missing:
             job = self._inflight.get(cluster)
             if job is not None:
                 job.wanted.add(cluster)
-                if not jobs:
-                    waiting_from = cluster
                 jobs.setdefault(job, []).append(cluster)
                 continue
             if loaded is not None and loaded[0] == cluster:
@@ -349,9 +353,7 @@ class CompressedClusters:
             own.update(begun)
             jobs.update((job, [piece.cluster for piece in job.pieces]) for job in begun)
             waiting_from = pieces[0].cluster
-        if jobs:
-            count = clusters.stop - waiting_from
-            self._read_ahead(waiting_from, count, missed=bool(pieces))
+        self._read_ahead(waiting_from, clusters.stop - waiting_from, missed=bool(pieces))
         return jobs, None
 
     def _collect(
@@ -377,7 +379,9 @@ class CompressedClusters:
         left = self._storage.size() - place.host_offset
         if left <= 0:
             raise self._corrupt(cluster, place.host_offset, "that is past the end of the file")
-        return _Piece(cluster, CompressedRange(place.host_offset, min(place.length, left)))
+        if place.length > left:
+            place = CompressedRange(place.host_offset, left)
+        return _Piece(cluster, place)
 
     def _corrupt(self, cluster: int, host_offset: int, reason: str) -> CorruptImageError:
         return CorruptImageError(
@@ -395,7 +399,7 @@ class CompressedClusters:
             return
         pieces = []
         for cluster in ahead:
-            if cluster in self._inflight or self._peek(cluster) is not None:
+            if cluster in self._inflight or self._namespace + cluster in self._cache:
                 continue
             entry = self._descriptor_nowait(cluster)
             if entry is None:
