@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 from tests import qemu
 
