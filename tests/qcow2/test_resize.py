@@ -130,6 +130,7 @@ def test_space_of_what_is_cut_off_is_returned() -> None:
     assert report["allocated-clusters"] == 256
     assert full - image.stat().st_blocks * 512 > 38 * M
     # The tables are gone too: header, refcount table and block, L1 and one L2 table are left.
+    assert image.stat().st_size < 2 * M
     resize("40M")
     qemu.qemu_io(image, "write -P 2 1M 30M")
     assert image.stat().st_size < 42 * M
@@ -508,6 +509,7 @@ async def test_cancelled_anywhere(old: int, new: int) -> None:
     await image.resize(new)
     pauses = slow.pauses - pauses
     numbers = random.Random(new)
+    cancelled_early = 0
     for number in sorted(numbers.sample(range(1, pauses + 1), min(pauses, 12))):
         memory = MemoryStorage(before)
         slow = SlowStorage(memory)
@@ -516,9 +518,12 @@ async def test_cancelled_anywhere(old: int, new: int) -> None:
             slow.on_pause = _cancel_at(slow.pauses + number, scope)
             await image.resize(new)
         slow.on_pause = None
-        assert image.size() == (old if scope.cancelled_caught else new)
+        # Once the size is written, there is space to return, and that may be cancelled too.
+        assert image.size() == new or (scope.cancelled_caught and image.size() == old)
+        cancelled_early += image.size() == old
         await image.sync()
         _checked(memory.to_bytes(), contents, {old, new}, leaks=False)
         await image.resize(new)
         await image.close()
         assert _checked(memory.to_bytes(), contents, {old, new}, leaks=False) == new
+    assert cancelled_early > 3

@@ -320,6 +320,26 @@ class Metadata:
         """
         await self._sync()
 
+    async def overwrite(self, host_offset: int, new: bytes, old: bytes) -> None:
+        """Write `new` in the place of `old`, durable before this returns. It cannot be cancelled.
+
+        Raises:
+            StorageError: The write failed; `old` was put back.
+            SyncLostError: It could not be put back, or a sync failed.
+        """
+        self.check_alive()
+        with trio.CancelScope(shield=True):
+            try:
+                await self.write(host_offset, new)
+            except ImagofsError:
+                try:
+                    await self.write(host_offset, old)
+                except ImagofsError as exc:
+                    self._lose(f"a table could neither be changed nor put back ({exc.message})")
+                await self._sync()
+                raise
+            await self._sync()
+
     # --- the header ---------------------------------------------------------------------------
 
     async def change_header(self, header: Header) -> None:

@@ -191,6 +191,44 @@ class Refcounts:
         block = self._need_block(cluster >> self.block_bits)
         return 0 if block is None else block[cluster & self._block_entries - 1]
 
+    def tail(self) -> tuple[list[int], int]:
+        """What could be cut off behind the last host cluster that is used.
+
+        Returns:
+            Indexes of the last blocks, those that count nothing, or nothing but themselves; and
+            the number of the first cluster behind all that the others count.
+
+        Raises:
+            Missing: A block is not in memory.
+        """
+        idle: list[int] = []
+        for index in reversed(range(len(self.table))):
+            block = self._need_block(index)
+            if block is None:
+                continue
+            counts = block[:]
+            own = (self.table[index] >> self._cluster_bits) - (index << self.block_bits)
+            if 0 <= own < self._block_entries:
+                counts[own] = 0
+            if any(counts):
+                used = len(block.tobytes().rstrip(b"\0"))
+                return idle, (index << self.block_bits) + -(-used // block.itemsize)
+            idle.append(index)
+        return idle, 0
+
+    def forget_blocks(self, indexes: Iterable[int]) -> None:
+        """Go on without blocks that `tail` named and that the table on disk has no more."""
+        for index in indexes:
+            cluster = self.table[index] >> self._cluster_bits
+            self.table[index] = 0
+            for blocks in (self.blocks, self.writing):
+                blocks.pop(index, None)
+            self._cache.drop(self._namespace + index)
+            self.dirty_sectors.pop(index, None)
+            self._own.discard(cluster)
+            if cluster >> self.block_bits != index:
+                self.dropped[cluster] += 1
+
     def encoded_block(self, block: array[int]) -> bytes:
         """A whole block as the file has it."""
         return pack_refcounts(block, self._bits)

@@ -9,8 +9,8 @@ Shrinking: the guest loses the range at once; then the mappings are dropped and 
 size is written.
 
 While that goes on, the driver's `reach` is the larger size, and `size()` the smaller one: requests
-see the smaller disk. If it fails or is cancelled the disk has its old size; what was dropped before
-is lost.
+see the smaller disk. If it fails or is cancelled before the size is written, the disk has its old
+size, and what was dropped is lost; what comes after that only returns space.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...errors import OutOfRangeError, UnsupportedError
+from ...errors import OutOfRangeError, StorageError, UnsupportedError
 from ...mapping import IndirectMapping, ZeroMapping
 from ...storage.base import PreallocateMode, Storage
 from ...vectors import zero_views
 from ..base import DiscardTo
 from .entries import OFFSET_MASK, to_big_endian
 from .header import MAX_L1_BYTES
-from .l2 import Missing
+from .l2 import Missing, with_tables
 from .metadata import Metadata
 from .refcounts import TableFull
 from .snapshots import read_snapshots
@@ -224,6 +224,29 @@ async def _shrink(driver: Qcow2, writer: Writer, old_size: int, size: int) -> No
         storage = driver.data_storages[0]
         if storage.size() > size:
             await storage.resize(size)
+    await _cut_file(driver)
+
+
+async def _cut_file(driver: Qcow2) -> None:
+    """Let the image file end behind the last cluster that is used."""
+    metadata = driver.metadata
+    storage = metadata.storage
+    # Nothing is allocated while all guest ranges are held.
+    async with driver.locks.hold(0, driver.size() + 1), metadata.settled():
+        idle, clusters = await with_tables(metadata.refcounts.tail)
+        end = clusters << metadata.header.cluster_bits
+        if end >= storage.size():
+            return
+        try:
+            if idle:
+                # Behind the first of them the table has no others.
+                place = metadata.header.reftable_offset + idle[-1] * 8
+                old = to_big_endian(metadata.refcounts.table[idle[-1] : idle[0] + 1])
+                await metadata.overwrite(place, bytes(len(old)), old)
+                metadata.refcounts.forget_blocks(idle)
+            await storage.resize(end)
+        except (UnsupportedError, StorageError):
+            pass  # the disk has its size, and what the file has too much is a hole
 
 
 def _drop_tables(metadata: Metadata, size: int) -> None:
