@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ CLUSTER = 65536
 MIB = 1 << 20
 
 
+@cache
 def prose(length: int, seed: int = 1) -> bytes:
     """Words, as compressible as text is."""
     words = random.Random(seed)

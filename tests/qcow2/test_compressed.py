@@ -7,7 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,16 @@ KIB = 1024
 MIB = 1 << 20
 
 
+@cache
 def prose(length: int, seed: int = 1) -> bytes:
     words = random.Random(seed)
     vocabulary = [bytes(words.choices(b"etaoinshrdlu", k=words.randint(2, 9))) for _ in range(500)]
     return b" ".join(words.choices(vocabulary, k=length // 3 + 1))[:length]
 
 
+@cache
 def deflate(data: bytes) -> bytes:
-    stream = zlib.compressobj(6, zlib.DEFLATED, -12, 9)
+    stream = zlib.compressobj(1, zlib.DEFLATED, -12, 9)
     return stream.compress(data) + stream.flush()
 
 
@@ -501,7 +503,7 @@ async def test_what_is_ahead_is_bounded() -> None:
     for position in range(0, 100 * 64 * KIB, 64 * KIB):
         await with_it.read(position, 4096)
         await with_it.settle()
-        assert sum(map(len, with_it.cache.ahead.values())) <= 2 * MIB
+        assert sum(map(len, with_it.cache.ahead.values())) <= 4 * MIB
     assert with_it.cache.ahead
 
 

@@ -12,7 +12,7 @@ there, so that what was inflated from an old mapping never enters the cache.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -21,6 +21,7 @@ from ...inflating import InflatedCache, InflateError, inflate_deflate, inflate_z
 from ...sequential import SequentialReads
 from ...vectors import total_length
 from .entries import CompressedRange, compressed_range
+from .inflate_jobs import InflateJob, Piece
 
 if TYPE_CHECKING:
     from ...storage.base import Storage
@@ -32,8 +33,7 @@ __all__ = ["CompressedClusters", "NotCompressed"]
 _INLINE_BYTES = 64 << 10
 _JOB_BYTES = 512 << 10  # inflated by one thread in one go
 _SEGMENT_BYTES = 1 << 20  # of a long read that are waited for together
-_AHEAD_BYTES = 2 << 20  # inflated ahead of one sequential reader
-_READ_GAP = 4096  # compressed ranges this near to each other are read together
+_AHEAD_BYTES = 4 << 20  # inflated ahead of one sequential reader
 
 
 class NotCompressed(Exception):
@@ -46,39 +46,6 @@ class NotCompressed(Exception):
     def __init__(self, guest_offset: int) -> None:
         super().__init__(f"the cluster at guest offset {guest_offset:#x} is not compressed")
         self.guest_offset = guest_offset
-
-
-class _Piece(NamedTuple):
-    """One compressed cluster of a job."""
-
-    cluster: int
-    place: CompressedRange
-
-
-class _Job:
-    """Clusters that are read and inflated together.
-
-    Attributes:
-        pieces: The clusters, in the guest's order.
-        results: What is done: the inflated cluster, or why it could not be inflated. The thread
-            enters each cluster as soon as it is there.
-        error: Why nothing could be inflated.
-        wanted: Clusters that somebody has asked for; the others were inflated ahead.
-        done: Set when no more will come.
-        reading: Ends the task that reads for the job.
-    """
-
-    __slots__ = ("buffer", "done", "error", "frames", "pieces", "reading", "results", "wanted")
-
-    def __init__(self, pieces: list[_Piece], *, wanted: bool) -> None:
-        self.pieces = pieces
-        self.results: dict[int, bytes | Exception] = {}
-        self.error: Exception | None = None
-        self.wanted = {piece.cluster for piece in pieces} if wanted else set()
-        self.done = trio.Event()
-        self.reading = trio.CancelScope()
-        self.buffer = bytearray()
-        self.frames: list[tuple[int, memoryview]] = []
 
 
 class CompressedClusters:
@@ -124,8 +91,8 @@ class CompressedClusters:
         self._sequence = SequentialReads(
             _AHEAD_BYTES >> cluster_bits, cache.ahead_limit >> cluster_bits
         )
-        self._inflight: dict[int, _Job] = {}
-        self._jobs: set[_Job] = set()
+        self._inflight: dict[int, InflateJob] = {}
+        self._jobs: set[InflateJob] = set()
         self._closed = False
 
     # --- reading ------------------------------------------------------------------------------
@@ -294,7 +261,7 @@ class CompressedClusters:
     async def _inflated(self, first: int, last: int) -> dict[int, bytes]:
         """The clusters from `first` to `last`, both included."""
         found: dict[int, bytes] = {}
-        own: set[_Job] = set()
+        own: set[InflateJob] = set()
         loaded: tuple[int, int] | None = None
         while True:
             jobs, unknown = self._look_up(range(first, last + 1), found, own, loaded)
@@ -314,9 +281,9 @@ class CompressedClusters:
         self,
         clusters: range,
         found: dict[int, bytes],
-        own: set[_Job],
+        own: set[InflateJob],
         loaded: tuple[int, int] | None,
-    ) -> tuple[dict[_Job, list[int]], int | None]:
+    ) -> tuple[dict[InflateJob, list[int]], int | None]:
         """Find clusters, and begin to inflate those that nobody inflates yet. A plain function.
 
         Args:
@@ -329,8 +296,8 @@ class CompressedClusters:
             The jobs to wait for with the clusters to take from each (it may have others whose
             mapping has changed since), and a cluster whose descriptor must be loaded first, if any.
         """
-        jobs: dict[_Job, list[int]] = {}
-        pieces: list[_Piece] = []
+        jobs: dict[InflateJob, list[int]] = {}
+        pieces: list[Piece] = []
         missing = self._take([c for c in clusters if c not in found], found)
         if not missing:
             return jobs, None
@@ -357,7 +324,7 @@ class CompressedClusters:
         return jobs, None
 
     def _collect(
-        self, job: _Job, clusters: list[int], found: dict[int, bytes], is_own: bool
+        self, job: InflateJob, clusters: list[int], found: dict[int, bytes], is_own: bool
     ) -> None:
         """Enter what `job` inflated of `clusters` into `found`.
 
@@ -374,14 +341,14 @@ class CompressedClusters:
             elif is_own:
                 raise result or job.error or MemoryError("no cluster could be inflated")
 
-    def _piece(self, cluster: int, entry: int) -> _Piece:
+    def _piece(self, cluster: int, entry: int) -> Piece:
         place = compressed_range(entry, self._cluster_bits)
         left = self._storage.size() - place.host_offset
         if left <= 0:
             raise self._corrupt(cluster, place.host_offset, "that is past the end of the file")
         if place.length > left:
             place = CompressedRange(place.host_offset, left)
-        return _Piece(cluster, place)
+        return Piece(cluster, place)
 
     def _corrupt(self, cluster: int, host_offset: int, reason: str) -> CorruptImageError:
         return CorruptImageError(
@@ -413,7 +380,7 @@ class CompressedClusters:
 
     # --- jobs ---------------------------------------------------------------------------------
 
-    def _begin(self, pieces: list[_Piece], *, wanted: bool) -> list[_Job]:
+    def _begin(self, pieces: list[Piece], *, wanted: bool) -> list[InflateJob]:
         """Begin to inflate `pieces`, in as few jobs as keeps the threads busy."""
         per_job = max(1, _JOB_BYTES >> self._cluster_bits)
         return [
@@ -421,17 +388,16 @@ class CompressedClusters:
             for start in range(0, len(pieces), per_job)
         ]
 
-    def _begin_job(self, pieces: list[_Piece], *, wanted: bool) -> _Job:
-        job = _Job(pieces, wanted=wanted)
+    def _begin_job(self, pieces: list[Piece], *, wanted: bool) -> InflateJob:
+        job = InflateJob(pieces, wanted=wanted, take_buffer=self._cache.take_buffer)
+        missing = [
+            (view, host_offset)
+            for view, host_offset in job.reads
+            if self._storage.readv_nowait((view,), host_offset) != view.nbytes
+        ]
         self._jobs.add(job)
         for piece in pieces:
             self._inflight[piece.cluster] = job
-        reads = self._lay_out(job)
-        missing = [
-            (view, host_offset)
-            for view, host_offset in reads
-            if self._storage.readv_nowait((view,), host_offset) != view.nbytes
-        ]
         if missing:
             token = self._begin_io()
             trio.lowlevel.spawn_system_task(self._read, job, missing, token)
@@ -439,31 +405,9 @@ class CompressedClusters:
             self._submit(job)
         return job
 
-    def _lay_out(self, job: _Job) -> list[tuple[memoryview, int]]:
-        """Give `job` its buffer and its frames; return the storage reads that fill them."""
-        spans: list[list[int]] = []  # of the file: start, end
-        span_of: list[int] = []
-        for _, (host_offset, length) in job.pieces:
-            end = host_offset + length
-            if spans and spans[-1][0] <= host_offset <= spans[-1][1] + _READ_GAP:
-                spans[-1][1] = max(spans[-1][1], end)
-            else:
-                spans.append([host_offset, end])
-            span_of.append(len(spans) - 1)
-        job.buffer = self._cache.take_buffer(sum(end - start for start, end in spans))
-        view = memoryview(job.buffer)
-        reads = []
-        position = 0
-        for start, end in spans:
-            reads.append((view[position : position + end - start], start))
-            position += end - start
-        for number, (cluster, (host_offset, length)) in zip(span_of, job.pieces, strict=True):
-            data, start = reads[number]
-            at = host_offset - start
-            job.frames.append((cluster, data[at : at + length]))
-        return reads
-
-    async def _read(self, job: _Job, reads: Iterable[tuple[memoryview, int]], token: int) -> None:
+    async def _read(
+        self, job: InflateJob, reads: Iterable[tuple[memoryview, int]], token: int
+    ) -> None:
         """Read what a job needs; a task of the system's own, so that no reader can cancel it."""
         job.error = ClosedError("the image is closed", filename=self._filename)
         try:
@@ -480,22 +424,16 @@ class CompressedClusters:
             else:
                 self._finish(job)
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: InflateJob) -> None:
         inflate, cluster_size, cache = self._inflate, self._cluster_size, self._cache
 
         def work() -> None:
-            for cluster, frame in job.frames:
-                try:
-                    job.results[cluster] = inflate(frame, cluster_size)
-                except Exception as error:  # it is raised again where somebody asked for it
-                    job.results[cluster] = error
-            # At once: trio's thread may call `_finish` much later.
-            job.frames.clear()
-            cache.give_buffer(job.buffer)
+            job.inflate(inflate, cluster_size)
+            cache.give_buffer(job.buffer)  # at once: trio's thread may call `_finish` much later
 
         cache.threads.submit(work, lambda: self._finish(job), urgent=bool(job.wanted))
 
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: InflateJob) -> None:
         """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
         for cluster, _ in job.pieces:
             if self._inflight.get(cluster) is not job:
