@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .access import FormatAccess as FormatAccess
+    from .buffers import IoBuffer as IoBuffer
     from .creating import CreateOptions as CreateOptions
     from .creating import create_image as create_image
     from .errors import ChainError as ChainError
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from .errors import StorageError as StorageError
     from .errors import SyncLostError as SyncLostError
     from .errors import UnsupportedError as UnsupportedError
+    from .errors import WrongTypeError as WrongTypeError
+    from .format import FORMATS as FORMATS
+    from .format import Format as Format
     from .format.base import DiscardTo as DiscardTo
     from .format.base import FormatDriver as FormatDriver
+    from .format.qcow2.check_report import CheckResult as CheckResult
     from .format.qcow2.driver import Qcow2 as Qcow2
     from .format.raw import Raw as Raw
     from .format.vmdk import Vmdk as Vmdk
@@ -44,7 +49,9 @@ if TYPE_CHECKING:
     from .mapping import SpecialMapping as SpecialMapping
     from .mapping import ZeroMapping as ZeroMapping
     from .opening import FROM_HEADER as FROM_HEADER
+    from .opening import FromHeader as FromHeader
     from .opening import open_image as open_image
+    from .reading import Dependencies as Dependencies
     from .storage.annotated import AnnotatedStorage as AnnotatedStorage
     from .storage.base import PreallocateMode as PreallocateMode
     from .storage.base import Storage as Storage
@@ -61,6 +68,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "access": ("FormatAccess",),
+    "buffers": ("IoBuffer",),
     "creating": ("CreateOptions", "create_image"),
     "errors": (
         "ChainError",
@@ -76,8 +84,11 @@ _HOMES = {
         "StorageError",
         "SyncLostError",
         "UnsupportedError",
+        "WrongTypeError",
     ),
+    "format": ("FORMATS", "Format"),
     "format.base": ("DiscardTo", "FormatDriver"),
+    "format.qcow2.check_report": ("CheckResult",),
     "format.qcow2.driver": ("Qcow2",),
     "format.raw": ("Raw",),
     "format.vmdk": ("Vmdk",),
@@ -98,7 +109,8 @@ _HOMES = {
         "SpecialMapping",
         "ZeroMapping",
     ),
-    "opening": ("FROM_HEADER", "open_image"),
+    "opening": ("FROM_HEADER", "FromHeader", "open_image"),
+    "reading": ("Dependencies",),
     "storage.annotated": ("AnnotatedStorage",),
     "storage.base": ("PreallocateMode", "Storage", "StorageCreateOptions", "StorageOpenOptions"),
     "storage.file": ("FileStorage",),

@@ -23,6 +23,7 @@ __all__ = [
     "StorageError",
     "SyncLostError",
     "UnsupportedError",
+    "WrongTypeError",
     "errno_of",
 ]
 
@@ -100,6 +101,13 @@ class ClosedError(ImagofsError, ValueError):
 
 class OutOfRangeError(ImagofsError, ValueError):
     """An offset, length or size that the image, the storage or the format cannot have."""
+
+    default_errno = errno.EINVAL
+
+
+class WrongTypeError(ImagofsError, TypeError):
+    """An argument of a type that cannot be meant: no buffer, no integer, a buffer to be filled that
+    is read-only."""
 
     default_errno = errno.EINVAL
 

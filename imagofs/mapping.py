@@ -23,6 +23,7 @@ __all__ = [
     "ShallowMapping",
     "SpecialMapping",
     "ZeroMapping",
+    "merge_mappings",
 ]
 
 
@@ -100,3 +101,23 @@ class EofMapping:
 
 Mapping = RawMapping | ZeroMapping | SpecialMapping | EofMapping
 ShallowMapping = Mapping | IndirectMapping
+
+
+def merge_mappings(held: Mapping | None, new: Mapping) -> Mapping | None:
+    """One mapping for two neighbours, None if they are not alike."""
+    match held, new:
+        case RawMapping(), RawMapping() if (
+            held.storage is new.storage
+            and held.offset + held.length == new.offset
+            and held.writable == new.writable
+        ):
+            return RawMapping(held.length + new.length, held.storage, held.offset, held.writable)
+        case ZeroMapping(), ZeroMapping() if (
+            held.explicit == new.explicit and held.allocated == new.allocated
+        ):
+            return ZeroMapping(held.length + new.length, held.explicit, held.allocated)
+        case SpecialMapping(), SpecialMapping() if (
+            held.driver is new.driver and held.offset + held.length == new.offset
+        ):
+            return SpecialMapping(held.length + new.length, held.driver, held.offset)
+    return None

@@ -19,8 +19,15 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from .caching import MetadataCache
-from .errors import ChainError, FormatError, GateDeniedError, ImagofsError, UnsupportedError
-from .format import FORMATS, probe_format
+from .errors import (
+    ChainError,
+    FormatError,
+    GateDeniedError,
+    ImagofsError,
+    UnsupportedError,
+    WrongTypeError,
+)
+from .format import FORMATS, PROBE_BYTES, probe_format
 from .gate import ImplicitOpenGate, ImplicitOpenRequest, Role
 from .inflating import InflatedCache
 from .storage.base import Storage, StorageOpenOptions
@@ -37,7 +44,6 @@ log = logging.getLogger(__name__)
 Locking = bool | Literal["auto"]
 
 MAX_CHAIN_DEPTH = 200
-_PROBE_BYTES = 4096
 
 
 class FromHeader(enum.Enum):
@@ -97,7 +103,13 @@ class OpenContext:
         metadata_bytes: int | None = None,
         inflated_bytes: int | None = None,
     ) -> OpenContext:
-        """A new chain's context; None stands for each default."""
+        """A new chain's context; None stands for each default.
+
+        Raises:
+            WrongTypeError: `gate` is no gate.
+        """
+        if gate is not None and not isinstance(gate, ImplicitOpenGate):
+            raise WrongTypeError(f"{gate!r} is no ImplicitOpenGate")
         return cls(
             gate=gate or _NoGate(),
             options=options or StorageOpenOptions(),
@@ -236,6 +248,7 @@ async def open_image(
         GateDeniedError: The gate refuses a file.
         LockedError: Another process uses a file in a way that excludes this.
         StorageError: The file cannot be opened or read.
+        WrongTypeError: `image` is no path and no storage, or `gate` no gate.
     """
     context = OpenContext.of(
         gate=gate,
@@ -247,12 +260,12 @@ async def open_image(
     if format is not None and format not in FORMATS:
         raise UnsupportedError(
             f"the format {format!r} is not known; known are {', '.join(FORMATS)}",
-            filename=None if isinstance(image, Storage) else image,
+            filename=None if isinstance(image, Storage) else _path(image),
         )
     if isinstance(image, Storage):
         storage = image
     else:
-        storage = await _open_file(os.fspath(image), context.options, lock)
+        storage = await _open_file(_path(image), context.options, lock)
     try:
         return await _open_layer(storage, context, format, writable=writable, snapshot=snapshot)
     except BaseException:
@@ -271,7 +284,13 @@ async def open_storage(
     if isinstance(image, Storage):
         return image
     options = replace(options or StorageOpenOptions(), writable=writable)
-    return await _open_file(os.fspath(image), options, lock)
+    return await _open_file(_path(image), options, lock)
+
+
+def _path(image: str | os.PathLike[str]) -> str:
+    if not isinstance(image, str | os.PathLike):
+        raise WrongTypeError(f"{image!r} is no path and no storage")
+    return os.fspath(image)
 
 
 async def _open_file(
@@ -308,7 +327,7 @@ async def _open_layer(
     from .access import FormatAccess
 
     if format_name is None:
-        first = await storage.read_table(min(_PROBE_BYTES, storage.size()), 0)
+        first = await storage.read_table(min(PROBE_BYTES, storage.size()), 0)
         format_name = probe_format(bytes(first))
         if format_name == "raw" and writable:
             raise FormatError(
@@ -316,7 +335,7 @@ async def _open_layer(
                 "raw could change what it is taken for: add format=raw if it is raw",
                 filename=storage.filename,
             )
-    open_format = FORMATS[format_name]()
+    open_format = FORMATS[format_name].opener()
     driver = await open_format(
         storage, context=context.within(storage), writable=writable, snapshot=snapshot
     )

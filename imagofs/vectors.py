@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Self
 
-from .errors import OutOfRangeError
+from .errors import OutOfRangeError, WrongTypeError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,27 +35,38 @@ def flat_view(buffer: Buffer) -> memoryview:
     """A one-dimensional byte view of `buffer`, without a copy.
 
     Raises:
-        TypeError: `buffer` has no buffer protocol, or is not contiguous.
+        WrongTypeError: `buffer` has no buffer protocol, or is not contiguous.
     """
-    view = memoryview(buffer)
+    try:
+        view = memoryview(buffer)
+    except TypeError as error:
+        raise WrongTypeError(f"{type(buffer).__name__} is no buffer") from error
     if view.ndim == 1 and view.format == "B" and view.contiguous:
         return view
     if not view.nbytes:  # a shape with a zero in it cannot be cast
         return memoryview(b"" if view.readonly else bytearray())
+    if not view.c_contiguous:
+        raise WrongTypeError(f"the bytes of a {type(buffer).__name__} do not lie in one piece")
     return view.cast("B")
 
 
 def flat_views(buffers: Buffer | IoVector | Iterable[Buffer]) -> list[memoryview]:
-    """Byte views of one buffer, of a vector, or of several buffers; empty ones are left out."""
+    """Byte views of one buffer, of a vector, or of several buffers; empty ones are left out.
+
+    Raises:
+        WrongTypeError: It is neither, or one of them is not contiguous.
+    """
     if isinstance(buffers, IoVector):
         return buffers.views
     if isinstance(buffers, (list, tuple)):
         return [view for view in map(flat_view, buffers) if view.nbytes]
     try:
-        views = [flat_view(buffers)]  # type: ignore[arg-type]
+        view = memoryview(buffers)  # type: ignore[arg-type]
     except TypeError:
-        views = [flat_view(buffer) for buffer in buffers]  # type: ignore[union-attr]
-    return [view for view in views if view.nbytes]
+        if isinstance(buffers, str) or not isinstance(buffers, Iterable):
+            raise WrongTypeError(f"{type(buffers).__name__} holds no buffers") from None
+        return [view for view in map(flat_view, buffers) if view.nbytes]
+    return [flat_view(view)] if view.nbytes else []
 
 
 def total_length(views: Iterable[memoryview]) -> int:
@@ -83,6 +94,9 @@ class IoVector:
 
     Args:
         buffers: Objects with the buffer protocol; empty ones are left out.
+
+    Raises:
+        WrongTypeError: One of them has no buffer protocol, or is not contiguous.
     """
 
     __slots__ = ("views",)
@@ -112,6 +126,11 @@ class IoVector:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.views)} buffers, {len(self)} bytes)"
+
+    @property
+    def buffer_count(self) -> int:
+        """How many buffers the vector has."""
+        return len(self.views)
 
     def push(self, buffer: Buffer) -> None:
         """Append one buffer."""
@@ -182,7 +201,7 @@ class IoVectorMut(IoVector):
     """A vector of writable buffers: the target of a read.
 
     Raises:
-        TypeError: A buffer is read-only.
+        WrongTypeError: A buffer is read-only, has no buffer protocol, or is not contiguous.
     """
 
     __slots__ = ()
@@ -191,11 +210,19 @@ class IoVectorMut(IoVector):
     def _view(buffer: Buffer) -> memoryview:
         view = flat_view(buffer)
         if view.readonly:
-            raise TypeError(f"{type(buffer).__name__} is read-only, a read needs a writable buffer")
+            raise WrongTypeError(
+                f"{type(buffer).__name__} is read-only, a read needs a writable buffer"
+            )
         return view
 
     def fill(self, value: int) -> None:
-        """Set every byte to `value` (0 to 255)."""
+        """Set every byte to `value`.
+
+        Raises:
+            OutOfRangeError: `value` is not one of 0 to 255.
+        """
+        if value not in range(256):
+            raise OutOfRangeError(f"{value!r} is no byte")
         fill_views(self.views, value)
 
     def copy_from(self, source: Buffer) -> None:

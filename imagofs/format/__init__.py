@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     from ..opening import OpenContext
     from ..storage.base import Storage
     from .base import FormatDriver
 
-__all__ = ["FORMATS", "probe_format"]
+__all__ = ["FORMATS", "PROBE_BYTES", "Format", "OpenFormat", "probe_format"]
+
+#: Bytes from a file's start on that tell its format.
+PROBE_BYTES = 4096
 
 
 class OpenFormat(Protocol):
@@ -26,37 +31,57 @@ class OpenFormat(Protocol):
     ) -> Awaitable[FormatDriver]: ...
 
 
-def _qcow2() -> OpenFormat:
-    from .qcow2.driver import open_qcow2
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One disk-image format.
 
-    return open_qcow2
+    Attributes:
+        name: As `qemu-img` spells it, and as the `format` of `open_image`.
+        recognises: Whether a file with these first `PROBE_BYTES` bytes (or all of its bytes, if it
+            is shorter) is of the format.
+        home: The module and the function in it that opens an image of the format, imported when
+            one is met: `"qcow2.driver:open_qcow2"`.
+    """
+
+    name: str
+    recognises: Callable[[bytes], bool]
+    home: str
+
+    def opener(self) -> OpenFormat:
+        """The function that opens an image of the format."""
+        module, _, function = self.home.partition(":")
+        return cast("OpenFormat", getattr(import_module(f".{module}", __name__), function))
 
 
-def _vmdk() -> OpenFormat:
-    from .vmdk import open_vmdk_layer
-
-    return open_vmdk_layer
+def _is_qcow2(first_bytes: bytes) -> bool:
+    return first_bytes.startswith(b"QFI\xfb")
 
 
-def _raw() -> OpenFormat:
-    from .raw import open_raw
+def _is_vmdk(first_bytes: bytes) -> bool:
+    if first_bytes.startswith((b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")):
+        return True
+    if b"version" not in first_bytes.lower():  # so for every descriptor, and hardly for a disk
+        return False
+    from .vmdk.descriptor import looks_like_descriptor
 
-    return open_raw
+    return looks_like_descriptor(first_bytes)
 
 
-#: Format name to a function that imports its driver.
-FORMATS: dict[str, Callable[[], OpenFormat]] = {"qcow2": _qcow2, "vmdk": _vmdk, "raw": _raw}
+def _is_anything(first_bytes: bytes) -> bool:
+    return True
+
+
+#: Every format by its name, in the order in which they are probed.
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("qcow2", _is_qcow2, "qcow2.driver:open_qcow2"),
+        Format("vmdk", _is_vmdk, "vmdk:open_vmdk_layer"),
+        Format("raw", _is_anything, "raw:open_raw"),
+    )
+}
 
 
 def probe_format(first_bytes: bytes) -> str:
-    """The format of a file that begins with `first_bytes` (some KiB); "raw" for anything else."""
-    if first_bytes[:4] == b"QFI\xfb":
-        return "qcow2"
-    if first_bytes.startswith((b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")):
-        return "vmdk"
-    if b"version" in first_bytes.lower():  # so for every descriptor, and hardly for a disk
-        from .vmdk.descriptor import looks_like_descriptor
-
-        if looks_like_descriptor(first_bytes):
-            return "vmdk"
-    return "raw"
+    """The format of a file with these first `PROBE_BYTES` bytes; "raw" for anything else."""
+    return next(format.name for format in FORMATS.values() if format.recognises(first_bytes))

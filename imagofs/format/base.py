@@ -77,11 +77,33 @@ class FormatDriver(ABC):
     #: Guest bytes per granule of `entry_at`: a power of two, at least 512; as large as can be
     #: (a raw file: 1 << 30); 0: `entry_at` is not offered.
     granularity: int = 0
+    #: `write_zeroes` of whole units of this many bytes changes mappings alone; None: it may write
+    #: zeroes as data.
+    zero_granularity: int | None = None
     #: Storages that `entry_at` indexes and `RawMapping` names.
     data_storages: tuple[Storage, ...] = ()
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[int, int], None]] = []
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.filename or 'without a file name'}>"
+
+    @classmethod
+    async def probe(cls, storage: Storage) -> bool:
+        """Whether the first bytes of `storage` are this format's. Anything may be raw.
+
+        Nothing but these bytes is looked at: opening may still fail. An image whose first bytes a
+        stranger could write may pretend to be of any format.
+
+        Raises:
+            ClosedError: The storage was closed.
+            StorageError: It cannot be read.
+        """
+        from . import FORMATS, PROBE_BYTES
+
+        first_bytes = await storage.read_table(min(PROBE_BYTES, storage.size()), 0)
+        return FORMATS[cls.format_name].recognises(bytes(first_bytes))
 
     @abstractmethod
     def size(self) -> int:

@@ -47,6 +47,8 @@ class Raw(FormatDriver):
         self._locks = RangeLocks()
         self.writable = storage.writable
         self.data_storages = (storage,)
+        if offset % storage.zero_alignment == 0:
+            self.zero_granularity = storage.zero_alignment
         # An entry has no room for host offsets that are no multiple of 512.
         self.granularity = 1 << 30 if offset % 512 == 0 else 0
 

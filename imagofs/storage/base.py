@@ -14,13 +14,24 @@ from __future__ import annotations
 import enum
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
-from ..errors import ClosedError, OutOfRangeError, ReadOnlyError, UnsupportedError
-from ..vectors import zero_views
+from ..errors import (
+    ClosedError,
+    OutOfRangeError,
+    ReadOnlyError,
+    UnsupportedError,
+    WrongTypeError,
+)
+from ..vectors import flat_views, zero_views
 from .blockers import WriteBlockers
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ..vectors import IoVector
 
 __all__ = ["PreallocateMode", "Storage", "StorageCreateOptions", "StorageOpenOptions"]
 
@@ -243,6 +254,30 @@ class Storage(ABC):
 
             await bounce.readv(self, views, offset)
 
+    async def read(self, buffer: Buffer | IoVector | Iterable[Buffer], offset: int) -> None:
+        """Fill `buffer`, or several one after the other, as `readv` does.
+
+        Raises:
+            WrongTypeError: It is no writable buffer, or `offset` no int.
+            As `readv`.
+        """
+        views = flat_views(buffer)
+        if any(view.readonly for view in views):
+            raise WrongTypeError("a read needs writable buffers", filename=self.filename)
+        _check_types(offset, 0)
+        await self.readv(views, offset)
+
+    async def write(self, buffer: Buffer | IoVector | Iterable[Buffer], offset: int) -> None:
+        """Write `buffer`, or several one after the other, as `writev` does.
+
+        Raises:
+            WrongTypeError: It is no buffer, or `offset` no int.
+            As `writev`.
+        """
+        views = flat_views(buffer)
+        _check_types(offset, 0)
+        await self.writev(views, offset)
+
     async def read_table(self, length: int, offset: int) -> bytearray:
         """`length` bytes from `offset` on, in line if that needs no waiting: for metadata."""
         data = bytearray(length)
@@ -335,6 +370,7 @@ class Storage(ABC):
 
     def _check_range(self, offset: int, length: int) -> None:
         """Check the arguments of a change."""
+        _check_types(offset, length)
         if (
             self.closed
             or not self.writable
@@ -352,3 +388,8 @@ class Storage(ABC):
             raise ReadOnlyError("the storage is open read-only", filename=self.filename)
         what = f"offset {offset}" if not length else f"{length} bytes at offset {offset}"
         raise OutOfRangeError(f"{what}: outside of what a storage can have", filename=self.filename)
+
+
+def _check_types(offset: int, length: int) -> None:
+    if not isinstance(offset, int) or not isinstance(length, int):
+        raise WrongTypeError(f"an offset or length is no int: {offset!r}, {length!r}")

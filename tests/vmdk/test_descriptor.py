@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagofs.errors import EncryptedImageError, FormatError, ImagofsError, UnsupportedError
-from imagofs.format import probe_format
-from imagofs.format.vmdk import Vmdk
+from imagofs.format import FORMATS, probe_format
 from imagofs.format.vmdk.descriptor import (
     MAX_DESCRIPTOR_BYTES,
     MAX_DISK_BYTES,
@@ -315,4 +314,4 @@ def test_any_bytes_are_parsed_or_refused(data):
 )
 def test_probing(first_bytes, expected):
     assert probe_format(first_bytes[:4096]) == expected
-    assert Vmdk.probe(first_bytes[:4096]) is (expected == "vmdk")
+    assert FORMATS["vmdk"].recognises(first_bytes[:4096]) is (expected == "vmdk")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagofs.errors import CorruptImageError, FormatError, ImagofsError, UnsupportedError
-from imagofs.format.vmdk import Vmdk
+from imagofs.format import FORMATS
 from imagofs.format.vmdk.sparse import (
     FOOTER_BYTES,
     GrainMarker,
@@ -131,14 +131,14 @@ def test_truncated_headers(length):
 def test_other_sparse_formats_are_refused_by_name(magic, name):
     with pytest.raises(UnsupportedError, match=name):
         parse_header(magic.ljust(SECTOR, b"\0"))
-    assert Vmdk.probe(magic.ljust(SECTOR, b"\0"))
+    assert FORMATS["vmdk"].recognises(magic.ljust(SECTOR, b"\0"))
 
 
 def test_probing():
-    assert Vmdk.probe(pack_header())
-    assert Vmdk.probe(pack_descriptor())
-    assert not Vmdk.probe(b"QFI\xfb" + bytes(508))
-    assert not Vmdk.probe(b"")
+    assert FORMATS["vmdk"].recognises(pack_header())
+    assert FORMATS["vmdk"].recognises(pack_descriptor())
+    assert not FORMATS["vmdk"].recognises(b"QFI\xfb" + bytes(508))
+    assert not FORMATS["vmdk"].recognises(b"")
 
 
 def test_the_footer_counts():

@@ -90,6 +90,8 @@ class Qcow2(FormatDriver):
         self._extended = header.extended_l2
         self._data_file = header.has_data_file
         self.granularity = header.cluster_size // (SUBCLUSTERS if self._extended else 1)
+        if header.version >= 3 or backing is None:
+            self.zero_granularity = header.cluster_size
         self._granule_bits = self.granularity.bit_length() - 1
         #: Guest ranges that are being written, zeroed or discarded.
         self.locks = RangeLocks()
@@ -148,14 +150,20 @@ class Qcow2(FormatDriver):
 
         storage = await open_storage(image, writable=writable, options=storage_options, lock=lock)
         context = OpenContext.of(gate=gate, options=storage_options, lock=lock).within(storage)
-        return await load(
-            storage,
-            context=context,
-            writable=writable,
-            snapshot=snapshot,
-            backing=backing,
-            data_file=data_file,
-        )
+        try:
+            return await load(
+                storage,
+                context=context,
+                writable=writable,
+                snapshot=snapshot,
+                backing=backing,
+                data_file=data_file,
+            )
+        except BaseException:
+            if storage is not image:
+                with trio.CancelScope(shield=True):
+                    await storage.close()
+            raise
 
     @classmethod
     async def create(

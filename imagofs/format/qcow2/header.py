@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from ...errors import EncryptedImageError, FormatError, UnsupportedError
 
-__all__ = ["MAGIC", "BitmapsExtension", "Header", "parse_header", "probe"]
+__all__ = ["MAGIC", "BitmapsExtension", "Header", "parse_header"]
 
 MAGIC = b"QFI\xfb"
 
@@ -261,11 +261,6 @@ def feature_name_table() -> bytes:
     return b"".join(
         struct.pack(">BB46s", kind, bit, name.encode()) for (kind, bit), name in _NAMES.items()
     )
-
-
-def probe(first_bytes: bytes) -> bool:
-    """Whether a file that begins with `first_bytes` is a qcow2 image of some version."""
-    return first_bytes[:4] == MAGIC and int.from_bytes(first_bytes[4:8], "big") >= 2
 
 
 def parse_header(

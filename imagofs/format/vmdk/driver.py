@@ -32,10 +32,9 @@ from ...storage.base import PreallocateMode, Storage, StorageOpenOptions
 from ...storage.blockers import RangeLocks
 from ...vectors import split_views, total_length
 from ..base import IN_PLACE, INDIRECT, MIXED, NOT_CACHED, SPECIAL, ZERO, DiscardTo, FormatDriver
-from .descriptor import NO_PARENT, Descriptor, looks_like_descriptor
+from .descriptor import NO_PARENT, Descriptor
 from .extents import RAW, Extent, ZeroExtent
 from .grains import SparseExtent
-from .sparse import looks_like_sparse
 
 if TYPE_CHECKING:
     from ...access import FormatAccess
@@ -139,11 +138,6 @@ class Vmdk(FormatDriver):
         return await open_path(
             image, writable=writable, backing=backing, options=storage_options, gate=gate
         )
-
-    @staticmethod
-    def probe(first_bytes: bytes) -> bool:
-        """Whether a file that begins with `first_bytes` (some KiB) is a VMDK."""
-        return looks_like_sparse(first_bytes) or looks_like_descriptor(first_bytes)
 
     # --- facts ----------------------------------------------------------------------------------
 
