@@ -208,7 +208,7 @@ def _nested(data: dict[str, Any]) -> list[str]:
                 lines += [f"{name} {number}:", *_indented(_nested(element))]
         elif isinstance(value, list):
             lines.append(f"{name}: {', '.join(map(str, value)) or 'none'}")
-        else:
+        elif value != "":
             text = str(value).lower() if isinstance(value, bool) else str(value)
             lines.append(f"{name}: {printable(text)}")
     return lines

@@ -133,6 +133,23 @@ def test_an_image_in_use_is_described(capsys: pytest.CaptureFixture[str]) -> Non
         os.close(holder._take_fds().pop())
 
 
+@pytest.mark.parametrize("subformat", ["monolithicSparse", "monolithicFlat"])
+def test_vmdk(subformat: str, capsys: pytest.CaptureFixture[str]) -> None:
+    qemu.create(Path("base.vmdk"), "3M", fmt="vmdk", subformat=subformat)
+    image = "base.vmdk"
+    if subformat == "monolithicSparse":
+        image = "image.vmdk"
+        qemu.create(Path(image), fmt="vmdk", backing="base.vmdk", backing_fmt="vmdk")
+    ours, expected = our_info(capsys, "--chain", image), theirs(image, "--backing-chain")
+    for layer in expected:
+        for extent in layer["format-specific"]["data"]["extents"]:
+            extent["filename"] = os.path.abspath(extent["filename"])
+    assert ours == expected
+    assert our_info(capsys, image) == expected[0]
+    assert main(["info", image]) == 0
+    assert f"create type: {subformat}" in capsys.readouterr().out
+
+
 def test_size_that_is_no_multiple_of_a_sector(capsys: pytest.CaptureFixture[str]) -> None:
     Path("image").write_bytes(b"x" * 1001)
     assert our_info(capsys, "image")["virtual-size"] == 1001
