@@ -12,6 +12,7 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ...errors import FormatError
 from ...storage.base import Storage
 from .check_counts import StoredCounts, read_table
 from .check_numpy import can_be_flat
@@ -61,7 +62,13 @@ async def check_image(
         return await repair_image(storage, repair, progress=progress)
     from .loading import read_header
 
-    return (await examine(storage, await read_header(storage), progress=progress)).result
+    try:
+        header = await read_header(storage)
+    except FormatError as exc:
+        from .repair_preview import check_with_mended_header
+
+        return await check_with_mended_header(storage, exc, progress=progress)
+    return (await examine(storage, header, progress=progress)).result
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,10 @@ class L2Walk:
 
     def _wrong(self, kind: Kind, index: int, what: str, *, times: int | None = None) -> None:
         table, scan = self._table, self._scan
+        times = table.times if times is None else times
+        if scan.report.is_full():
+            scan.report.count_corruption(kind, times)
+            return
         guest_offset = scan.guest_offset(table.l1_index, index)
         state = scan.states[table.state].name
         whose = "" if state is None else f" of snapshot {state!r}"
@@ -119,7 +123,7 @@ class L2Walk:
             kind,
             f"guest offset {guest_offset:#x}{whose}: {what} (entry {index} of the L2 table at "
             f"{self._offset:#x})",
-            times=table.times if times is None else times,
+            times=times,
             host_offset=self._offset + index * scan.header.l2_entry_size,
             guest_offset=guest_offset if state is None else None,
         )
@@ -191,6 +195,8 @@ class L2Walk:
         """Compare the flag of a run of entries of an active table with the stored refcounts."""
         stored = self._stored
         assert stored is not None
+        if number == 1 and (stored.get(first) == 1) == copied:
+            return
         if copied and stored.are_all_one(first, number):
             return
         if not copied and stored.is_none_one(first, number):

@@ -138,6 +138,15 @@ class Report:
         self.corruptions += times
         self._add(Finding(kind, message, host_offset, guest_offset))
 
+    def is_full(self) -> bool:
+        """Whether no more findings are kept."""
+        return len(self.findings) >= MAX_FINDINGS
+
+    def count_corruption(self, kind: Kind, times: int) -> None:
+        """Count something wrong without a word about it, for when no more findings are kept."""
+        self.corruptions += times
+        self.kinds.add(kind)
+
     def leak(self, message: str, *, clusters: int, host_offset: int | None = None) -> None:
         """Note leaked host clusters."""
         self.leaks += clusters

@@ -90,6 +90,12 @@ def incomplete_extra_data(header: Header, snapshot: Snapshot) -> bool:
     return header.version >= 3 and snapshot.extra_length < 16
 
 
+def has_stray_snapshots(header: Header) -> bool:
+    """Whether the snapshot table is where none can be, although nothing is in it."""
+    offset = header.snapshots_offset
+    return not header.snapshot_count and bool(offset & header.cluster_size - 1 or offset >> 63)
+
+
 class Scan:
     """One walk over everything that the image refers to.
 
@@ -203,6 +209,11 @@ class Scan:
     async def _read_snapshots(self) -> None:
         header, report = self.header, self.report
         if not header.snapshot_count:
+            if has_stray_snapshots(header):
+                report.corruption(
+                    Kind.HEADER,
+                    f"without snapshots there is a snapshot table at {header.snapshots_offset:#x}",
+                )
             return
         try:
             self.snapshots = await read_snapshots(self.storage, header)
@@ -223,7 +234,9 @@ class Scan:
                 )
             what = f"the L1 table of snapshot {snapshot.name!r}"
             length = snapshot.l1_entries * 8
-            if snapshot.l1_offset & self.cluster_size - 1:
+            if not snapshot.l1_offset:
+                wrong = "lies over the header"
+            elif snapshot.l1_offset & self.cluster_size - 1:
                 wrong = "is not at the beginning of a cluster"
             elif length > MAX_L1_BYTES:
                 wrong = f"has {snapshot.l1_entries} entries"
@@ -305,6 +318,12 @@ class Scan:
     def guest_offset(self, l1_index: int, index: int = 0) -> int:
         """Guest offset of an entry of the L2 table of an L1 entry."""
         return (l1_index << self.header.l2_bits) + index << self.cluster_bits
+
+    def disk_size(self, state: State) -> int:
+        """Bytes of the disk in a state."""
+        if state.snapshot is None:
+            return self.header.size
+        return self.snapshots[state.snapshot].disk_size
 
     async def _read_bitmaps(self) -> None:
         extension = self.header.bitmaps

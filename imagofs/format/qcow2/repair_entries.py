@@ -46,8 +46,23 @@ class Losses:
     ranges: list[LostRange] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, lost: LostRange) -> None:
-        """Note a range; one that follows its predecessor prolongs it."""
+    def note(self, note: str) -> None:
+        """Note something in words, once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def add(self, lost: LostRange, disk_size: int) -> None:
+        """Note a range, as far as it is on the disk; one that follows its predecessor prolongs it.
+
+        Args:
+            lost: The range.
+            disk_size: Where the disk ends. What lies behind it is the saved machine state.
+        """
+        length = min(lost.guest_offset + lost.length, disk_size) - lost.guest_offset
+        if length <= 0:
+            self.note(f"a part of the saved machine state of snapshot {lost.snapshot!r} is lost")
+            return
+        lost = LostRange(lost.guest_offset, length, lost.snapshot)
         if self.ranges:
             last = self.ranges[-1]
             if (
@@ -146,14 +161,9 @@ async def _mend_l1_entry(mender: _Mender, state: State, index: int, entry: int) 
         alone = scan.counts.get(cluster) == scan.tables[offset].times
         if (alone and cluster not in mender.suspect) or await mender.can_be_l2(offset):
             return entry
-    header = mender.header
-    start = scan.guest_offset(index)
-    # What lies behind the end of the disk is the saved state of the machine.
-    length = min(start + (1 << header.cluster_bits + header.l2_bits), header.size) - start
-    if length > 0:
-        mender.losses.add(LostRange(start, length, state.name))
-    else:
-        mender.losses.notes.append(f"a part of the saved machine state of {state.name!r} is lost")
+    length = 1 << mender.bits + mender.header.l2_bits
+    lost = LostRange(scan.guest_offset(index), length, state.name)
+    mender.losses.add(lost, scan.disk_size(state))
     return 0
 
 
@@ -163,7 +173,10 @@ async def _mend_l1_entry(mender: _Mender, state: State, index: int, entry: int) 
 async def mend_l2_tables(storage: Storage, examination: Examination, losses: Losses) -> bool:
     """Mend the entries of all L2 tables. Returns as `mend_l1_tables`."""
     mender = _Mender(storage, examination, losses)
-    taken = set(examination.scan.overlaps) | _genuine_structure(examination)
+    header = examination.scan.header
+    first = header.reftable_offset >> header.cluster_bits
+    taken = set(examination.scan.overlaps) - set(range(first, first + header.reftable_clusters))
+    taken |= _genuine_structure(examination)
     changed = False
     for offset in sorted(examination.scan.tables):
         data = await read_bytes(storage, offset, mender.header.cluster_size)
@@ -312,7 +325,6 @@ def _lose(mender: _Mender, table_offset: int, index: int, subclusters: int) -> N
                 continue
             start = scan.guest_offset(l1_index, index)
             for position in range(number):
-                low = start + position * size
-                length = min(low + size, header.size) - low
-                if subclusters >> position & 1 and length > 0:
-                    mender.losses.add(LostRange(low, length, state.name))
+                if subclusters >> position & 1:
+                    lost = LostRange(start + position * size, size, state.name)
+                    mender.losses.add(lost, scan.disk_size(state))

@@ -1,14 +1,17 @@
-"""What a repair would lose, found out by a repair whose writes stay in memory."""
+"""Repairs whose writes stay in memory: what would a repair lose, what else is wrong?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from ...errors import FormatError
 from ...storage.base import PreallocateMode, Storage
 from ...storage.memory import MemoryStorage
-from .check_report import CheckResult
+from .check_report import CheckResult, Finding, Kind
+from .check_scan import Progress
 
-__all__ = ["preview_repair"]
+__all__ = ["check_with_mended_header", "preview_repair"]
 
 _PAGE = 1 << 16
 
@@ -22,6 +25,34 @@ async def preview_repair(storage: Storage) -> CheckResult:
     from .check import check_image
 
     return await check_image(_Overlay(storage), repair="all")
+
+
+async def check_with_mended_header(
+    storage: Storage, error: FormatError, *, progress: Progress | None = None
+) -> CheckResult:
+    """Check an image whose header is refused, with those fields put right that a repair mends.
+
+    Args:
+        storage: The image file; only read.
+        error: Why the header is refused.
+        progress: As for `check_image`.
+
+    Raises:
+        FormatError: `error`, where the header is beyond repair.
+        StorageError: Something cannot be read.
+    """
+    from .check import examine
+    from .repair_entries import Losses
+    from .repair_header import mend_header
+
+    overlay = _Overlay(storage)
+    header = await mend_header(overlay, error, Losses())
+    result = (await examine(overlay, header, progress=progress)).result
+    return replace(
+        result,
+        corruptions=result.corruptions + 1,
+        findings=(Finding(Kind.HEADER, error.message), *result.findings),
+    )
 
 
 class _Overlay(Storage):
