@@ -1,9 +1,8 @@
 """The data channel: what stands between the kernel's /dev/fuse and pyfuse3's session.
 
-The channel keeps the real descriptor and puts one end of a socket pair where pyfuse3 reads its
-session. It answers READ, WRITE, FLUSH, FSYNC, LSEEK, FALLOCATE and COPY_FILE_RANGE by itself,
-passes every other request on through the socket, and writes what pyfuse3 replies there to the
-kernel.
+The channel keeps the real descriptor, and puts a socket where pyfuse3 reads its session. It answers
+READ, WRITE, FLUSH, FSYNC, LSEEK, FALLOCATE and COPY_FILE_RANGE by itself, and passes every other
+request on (`forwarding.py`).
 
 Rules that live here:
 
@@ -12,8 +11,6 @@ Rules that live here:
   the image. What cannot be answered like this becomes a task of its own, with its own buffer: a
   WRITE that waits takes the receive buffer with it.
 - Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
-- What is under way at pyfuse3 is bounded, so that neither end of the socket ever fills: pyfuse3's
-  end blocks, and would block the whole process with it. The rest queues here.
 - An interrupted request is finished as if it had not been, as a disk does it.
 - Nothing is answered with ENOSYS: the kernel would not ask again.
 """
@@ -24,10 +21,8 @@ import errno
 import logging
 import os
 import select
-import socket
-from collections import deque
 from collections.abc import Awaitable, Callable
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import Any, Final
 
 import trio
@@ -36,6 +31,7 @@ from . import protocol
 from .buffers import BufferPool, ChannelStatistics
 from .disk import Disk
 from .errors import FailureLog
+from .forwarding import Forwarder
 from .protocol import (
     MAX_WRITE,
     OUT_HEADER_SIZE,
@@ -61,14 +57,14 @@ _TASK_BYTES = 32 << 20
 #: wait; above it takes a pooled one, or the receive buffer.
 _SMALL_BYTES = 128 << 10
 _SPARE_BUFFERS = 4
-#: Bytes that the replies of pyfuse3 that are under way may have, and what a small one counts.
-_FORWARD_BYTES = 96 << 10
-_FORWARD_LEAST = 1536
-_SOCKET_BYTES = 1 << 20
 #: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
 #: without giving up the thread, while no task is waiting (milliseconds).
 _SPIN = 40 if len(os.sched_getaffinity(0)) > 1 else 0
 _SLEEP_MILLISECONDS = 2
+#: Looking was in vain this often in turn: sleep at once, until a sleep was shorter than this
+#: (seconds). On a busy machine who looks takes the processor from who would send the request.
+_VAIN_SPINS = 4
+_SHORT_SLEEP = 0.0001
 
 #: Of a request's number, which goes up by 2: the bits that are zero if it is timed.
 _SAMPLE_MASK = 2 * SAMPLE_EVERY - 2
@@ -111,9 +107,6 @@ class Channel:
         self.statistics = ChannelStatistics()
         self._disk = disk
         self._inode = inode
-        self._amendments = amendments
-        self._open_flags = open_flags
-        self._negotiated = negotiated
         self._failures = FailureLog(log)
 
         self._session_fd = session_fd
@@ -121,30 +114,26 @@ class Channel:
         os.set_blocking(self._fd, False)
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            for end in (self._socket, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
-            os.dup2(theirs.fileno(), session_fd, inheritable=False)
-        self._socket.setblocking(False)
+        self._forwarder = Forwarder(
+            session_fd,
+            reply=self._reply,
+            fail=lambda unique, error: self._fail(unique, error, "pass on a request"),
+            amendments=amendments,
+            open_flags=open_flags,
+            negotiated=negotiated,
+        )
 
         self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, _SPARE_BUFFERS)
         self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
         self._request = self._requests.take()
         self._reply_buffer = self._replies.take()
+        self._spin = _SPIN
+        self._vain_spins = 0
         self._tasks = 0
         self._task_bytes = 0
         self._room = trio.lowlevel.ParkingLot()
         # Its own: those threads wait for WRITEs, which may wait for threads of the default one.
         self._launderers = trio.CapacityLimiter(8)
-        # What is under way at pyfuse3: bytes that each reply may have, what to amend, who queues.
-        self._reserved: dict[int, int] = {}
-        self._reserved_bytes = 0
-        self._replied = trio.lowlevel.ParkingLot()
-        self._amend: dict[int, int] = {}
-        self._offered = 0
-        self._queue: deque[tuple[bytes, int]] = deque()
         disk.launder = self._launder
 
     # --- the loop -----------------------------------------------------------------------------
@@ -165,8 +154,7 @@ class Channel:
                         await self._room.park()
                     else:
                         await trio.lowlevel.checkpoint()
-        while self._reserved or self._queue:
-            await self._replied.park()
+        await self._forwarder.settle()
 
     def stop(self) -> None:
         """Read no further request."""
@@ -193,6 +181,7 @@ class Channel:
         write_nowait = self._disk.access.write_nowait
         disk_size = self._disk.size
         writable = self._disk.writable
+        forwarded = self._forwarder.under_way
         reply = self._reply_buffer
         request = self._request
         view = request.view
@@ -206,12 +195,13 @@ class Channel:
                 try:
                     length = readv(fd, vector)
                 except BlockingIOError:
-                    if self._tasks or self._reserved:
+                    if self._tasks or forwarded:
                         return _IDLE
                     spins += 1
-                    if spins > _SPIN:
-                        if not self._poll.poll(_SLEEP_MILLISECONDS):
+                    if spins > self._spin:
+                        if not self._sleep():
                             return _IDLE
+                        spins = 0
                         budget -= 1
                     continue
                 except OSError as error:
@@ -221,7 +211,8 @@ class Channel:
                         raise
                     budget -= 1
                     continue
-                spins = 0
+                if spins:
+                    spins = self._vain_spins = 0
                 budget -= 1
                 _, opcode, unique, _, offset, size = unpack(view)
                 if timed := not unique & _SAMPLE_MASK:
@@ -284,6 +275,22 @@ class Channel:
             statistics.write_bytes += write_bytes
         return _MORE
 
+    def _sleep(self) -> bool:
+        """Wait a moment for a request, in the thread. A plain function.
+
+        Returns:
+            Whether there is one.
+        """
+        self._vain_spins += 1
+        if self._vain_spins > _VAIN_SPINS:
+            self._spin = 0
+        begun = monotonic()
+        found = bool(self._poll.poll(_SLEEP_MILLISECONDS))
+        if found and monotonic() - begun < _SHORT_SLEEP:
+            self._spin = _SPIN
+            self._vain_spins = 0
+        return found
+
     def _dispatch(self, opcode: int, unique: int, request: memoryview) -> None:
         """Answer, start or pass on what is neither READ nor WRITE."""
         body = protocol.IN_HEADER_SIZE
@@ -308,7 +315,8 @@ class Channel:
             case protocol.INTERRUPT | protocol.FORGET | protocol.BATCH_FORGET:
                 pass  # none of them has a reply, and the two inodes are never forgotten
             case _:
-                self._forward(opcode, unique, request)
+                self.statistics.forwarded += 1
+                self._forwarder.forward(opcode, unique, request)
 
     # --- tasks --------------------------------------------------------------------------------
 
@@ -437,69 +445,17 @@ class Channel:
 
     # --- pyfuse3's half -------------------------------------------------------------------------
 
-    def _forward(self, opcode: int, unique: int, request: memoryview) -> None:
-        """Pass a request on to pyfuse3, or queue it."""
-        self.statistics.forwarded += 1
-        if opcode == protocol.INIT:
-            self._offered = protocol.offered_features(request)
-            self._amend[unique] = opcode
-        elif opcode == protocol.OPEN and self._open_flags:
-            self._amend[unique] = opcode
-        if self._queue or not self._send(request, unique):
-            self._queue.append((bytes(request), unique))
-
-    def _send(self, request: memoryview | bytes, unique: int) -> bool:
-        """Give pyfuse3 a request, if the replies that are under way leave room for its own."""
-        room = max(_FORWARD_LEAST, protocol.reply_limit(request))
-        if self._reserved and self._reserved_bytes + room > _FORWARD_BYTES:
-            return False
-        try:
-            self._socket.send(request)
-        except OSError as error:
-            # Larger than a message can be; the socket has room for what fits the bound.
-            self._fail(unique, error, "pass on a request")
-            self._amend.pop(unique, None)
-            return True
-        self._reserved[unique] = room
-        self._reserved_bytes += room
-        return True
-
     async def pass_replies(self) -> None:
-        """Write pyfuse3's replies to the kernel, until the socket is shut."""
-        buffer = memoryview(bytearray(_SOCKET_BYTES))
-        while True:
-            try:
-                length = self._socket.recv_into(buffer)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._socket)
-                continue
-            if not length:
-                return
-            self._pass_reply(buffer[:length])
-            while self._queue and self._send(*self._queue[0]):
-                self._queue.popleft()
-            self._replied.unpark_all()
-
-    def _pass_reply(self, reply: memoryview) -> None:
-        _, _, unique = protocol.OUT_HEADER.unpack_from(reply)
-        self._reserved_bytes -= self._reserved.pop(unique, 0)
-        features = 0
-        match self._amend.pop(unique, None):
-            case protocol.INIT:
-                features = protocol.amend_init(reply, self._offered, self._amendments)
-            case protocol.OPEN:
-                protocol.amend_open(reply, self._open_flags)
-        self._reply(reply)
-        if features:
-            self._negotiated(features)
+        """Write pyfuse3's replies to the kernel, until `shut`."""
+        await self._forwarder.pass_replies()
 
     def shut(self) -> None:
         """Tell pyfuse3's loop that nothing more comes. Call `pyfuse3.terminate` first."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        self._forwarder.shut()
 
     def give_back(self) -> None:
         """Put the real descriptor back where pyfuse3 reads, once its loop has ended."""
         self._disk.launder = None
         os.dup2(self._fd, self._session_fd, inheritable=False)
         os.close(self._fd)
-        self._socket.close()
+        self._forwarder.close()
