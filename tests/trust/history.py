@@ -7,12 +7,31 @@ of another place, an older version or a mix of two is told apart from what belon
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import trio
+import trio.testing
+
+T = TypeVar("T")
 
 SECTOR = 512
 ZEROES = bytes(SECTOR)
 _TAG = struct.Struct(">8sQQ")
+
+
+def run_repeatably(function: Callable[..., Awaitable[T]], *arguments: object, seed: int) -> T:
+    """`trio.run` on a clock that never waits, with tasks that take turns as `seed` says."""
+    scheduler: Any = trio._core._run
+    before = scheduler._ALLOW_DETERMINISTIC_SCHEDULING
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
+    scheduler._r.seed(seed)
+    try:
+        clock = trio.testing.MockClock(autojump_threshold=0)
+        return trio.run(function, *arguments, clock=clock)
+    finally:
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before
 
 
 def tagged(sector: int, sequence: int) -> bytes:
@@ -46,6 +65,7 @@ class Operation:
         done: Whether it succeeded.
         certain: Whether its success means that the sectors have the new contents; a discard to
             anything may also leave them as they were.
+        seen: By sector, when a read first ended that found the new contents.
     """
 
     values: dict[int, bytes]
@@ -53,6 +73,13 @@ class Operation:
     certain: bool = True
     over: int | None = None
     done: bool = False
+    seen: dict[int, int] = field(default_factory=dict)
+
+    def is_past(self, sector: int, at: int) -> bool:
+        """Whether what was in the sector before is surely gone at the time `at`."""
+        if self.seen.get(sector, at) < at:
+            return True
+        return self.certain and self.done and self.over is not None and self.over < at
 
 
 @dataclass(slots=True)
@@ -123,3 +150,46 @@ class History:
                     values.add(operation.values[sector])
             result.append(values)
         return result
+
+    def note_read(
+        self, first: int, contents: bytes | bytearray, began: int, *, atomic: bool = True
+    ) -> None:
+        """See that a read found in each sector what a disk may show there, and remember it.
+
+        A sector may show any operation that was not followed by another one that was over (or was
+        already seen) before the read began.
+
+        Args:
+            first: The first sector.
+            contents: What was read, just now.
+            began: When the read began.
+            atomic: Once a read has found the new contents, no later one may find the old ones.
+                Where new contents are written to the place of the old ones before they are mapped
+                (in a data file, in zeroes that keep their host space), a slow read may find them
+                earlier than a fast one that comes after it.
+
+        Raises:
+            AssertionError: It found something else.
+        """
+        ended = next(self.clock)
+        for number in range(len(contents) // SECTOR):
+            sector = first + number
+            found = bytes(contents[number * SECTOR : (number + 1) * SECTOR])
+            operations = [op for op in self.operations if sector in op.values]
+            limit = max((op.began for op in operations if op.is_past(sector, began)), default=-1)
+            shown = [
+                op
+                for op in operations
+                if op.values[sector] == found and (op.over is None or op.over >= limit)
+            ]
+            may_be_initial = limit < 0 and found == self.initial_sector(sector)
+            if not shown and not may_be_initial:
+                raise AssertionError(
+                    f"a read from {began} to {ended} found {describe(found)} in sector {sector}; "
+                    + ", ".join(
+                        f"{describe(op.values[sector])} from {op.began} to {op.over}"
+                        for op in operations
+                    )
+                )
+            if atomic and len(shown) == 1 and not may_be_initial:
+                shown[0].seen.setdefault(sector, ended)
