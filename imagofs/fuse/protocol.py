@@ -28,7 +28,6 @@ __all__ = [
     "amend_open",
     "copied_reply",
     "error_reply",
-    "header",
     "invalidate_inode",
     "offered_features",
     "offset_reply",
@@ -121,12 +120,6 @@ class Amendments(NamedTuple):
     wanted: int
     unwanted: int
     max_background: int
-
-
-def header(request: memoryview) -> tuple[int, int, int]:
-    """Total length, opcode and unique of a request."""
-    length, opcode, unique = _IN_HEADER.unpack_from(request)
-    return length, opcode, unique
 
 
 def reply_limit(request: memoryview | bytes) -> int:
