@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ..errors import OutOfRangeError, UnsupportedError
 from ..gate import ImplicitOpenGate
@@ -14,6 +14,7 @@ from ..storage.blockers import RangeLocks
 from .base import IN_PLACE, MIXED, DiscardTo, FormatDriver
 
 if TYPE_CHECKING:
+    from ..creating import CreateOptions
     from ..opening import OpenContext
 
 __all__ = ["Raw", "open_raw"]
@@ -77,6 +78,27 @@ class Raw(FormatDriver):
         except BaseException:
             await storage.close()
             raise
+
+    @classmethod
+    async def create(
+        cls,
+        image: str | os.PathLike[str] | Storage,
+        size: int,
+        **options: Unpack[CreateOptions],
+    ) -> None:
+        """Create a raw image, durably. It is not opened.
+
+        Args:
+            image: The file to make, or an empty storage, which stays open and the caller's.
+            size: The disk's size in bytes, rounded up to a multiple of 512.
+            options: `preallocate`, `overwrite` and `mode` of `CreateOptions`.
+
+        Raises:
+            As `create_image`.
+        """
+        from ..creating import create_image
+
+        await create_image(image, "raw", size, **options)
 
     def size(self) -> int:
         return self._storage.size() - self._offset if self._size is None else self._size

@@ -160,9 +160,8 @@ class Qcow2(FormatDriver):
                 data_file=data_file,
             )
         except BaseException:
-            if storage is not image:
-                with trio.CancelScope(shield=True):
-                    await storage.close()
+            with trio.CancelScope(shield=True):
+                await storage.close()
             raise
 
     @classmethod
