@@ -498,6 +498,18 @@ async def test_sequential_reads_are_inflated_ahead_once(counted: list[int]) -> N
     with_it.assert_idle()
 
 
+async def test_nothing_is_inflated_ahead_that_is_there_already(counted: list[int]) -> None:
+    with_it = disk(60)
+    order = random.Random(3)
+    for cluster in order.sample(range(60), 30):
+        await with_it.read(cluster * 64 * KIB, 10)
+    await with_it.settle()
+    for cluster in range(60):
+        await with_it.read(cluster * 64 * KIB, 64 * KIB)
+    await with_it.settle()
+    assert len(counted) == 60
+
+
 async def test_what_is_ahead_is_bounded() -> None:
     with_it = disk(200, limit=64 * MIB)
     for position in range(0, 100 * 64 * KIB, 64 * KIB):

@@ -326,16 +326,16 @@ class CompressedClusters:
     def _collect(
         self, job: InflateJob, clusters: list[int], found: dict[int, bytes], is_own: bool
     ) -> None:
-        """Enter what `job` inflated of `clusters` into `found`.
+        """Enter what `job` inflated of `clusters` into `found`, or raise why it could not.
 
-        Errors of a job that another reader, or nobody, asked for are not raised: this reader then
-        begins a job of its own.
+        If what another reader, or nobody, asked for could not be read, that is not raised: this
+        reader then begins a job of its own.
         """
         for cluster in clusters:
             result = job.results.get(cluster)
             if isinstance(result, bytes):
                 found[cluster] = result
-            elif is_own and isinstance(result, InflateError):
+            elif isinstance(result, InflateError):
                 place = next(piece.place for piece in job.pieces if piece.cluster == cluster)
                 raise self._corrupt(cluster, place.host_offset, str(result))
             elif is_own:
