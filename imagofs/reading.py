@@ -56,6 +56,9 @@ class ReadAccess:
         cache: Where the resolved map is kept; None: a cache of its own.
     """
 
+    #: The top layer.
+    driver: FormatDriver
+
     def __init__(self, driver: FormatDriver, *, cache: MetadataCache | None = None) -> None:
         if not isinstance(driver, FormatDriver):
             raise WrongTypeError(f"{driver!r} is no FormatDriver")
