@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...errors import FormatError
 from ...storage.base import Storage
-from .check_counts import StoredCounts, read_table
+from .check_counts import StoredCounts, differences, read_table
 from .check_numpy import can_be_flat
 from .check_report import CheckResult, Kind, Report
 from .check_scan import Progress, Scan
@@ -190,9 +190,7 @@ def _compare_chunk(
                 host_offset=leaked_from << bits,
             )
 
-    for position, (references, count) in enumerate(zip(wanted, found, strict=True)):
-        if references == count:
-            continue
+    for position, references, count in differences(wanted, found):
         cluster = start + position
         if count > references:
             if leaked_from + leaked != cluster:

@@ -15,9 +15,10 @@ from ...storage.base import Storage
 from .entries import from_big_endian, unpack_refcounts
 from .header import Header
 
-__all__ = ["Counts", "StoredCounts", "read_bytes", "read_table"]
+__all__ = ["Counts", "StoredCounts", "differences", "read_bytes", "read_table"]
 
 _MAX_CHUNK_BITS = 15
+_STRETCH = 256
 _FLAT_BITS = 62  # more clusters than a file can have
 _TYPE_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -151,6 +152,19 @@ class Counts:
             chunk is not None and chunk[low:high].count(1)
             for chunk, low, high in pieces(self.chunks, self.bits, first, number)
         )
+
+
+def differences(wanted: array[int], found: array[int]) -> Iterator[tuple[int, int, int]]:
+    """(position, one count, the other) wherever two pieces differ.
+
+    What is equal is passed over a stretch at a time.
+    """
+    for start in range(0, len(wanted), _STRETCH):
+        ours, theirs = wanted[start : start + _STRETCH], found[start : start + _STRETCH]
+        if ours != theirs:
+            for position, (one, other) in enumerate(zip(ours, theirs, strict=True), start):
+                if one != other:
+                    yield position, one, other
 
 
 def pieces(

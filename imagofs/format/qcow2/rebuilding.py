@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from ...errors import CorruptImageError, UnsupportedError
 from ...storage.base import Storage
-from .check_counts import Counts, StoredCounts, read_bytes, read_table
+from .check_counts import Counts, StoredCounts, differences, read_bytes, read_table
 from .check_l2 import runs
 from .check_report import REBUILT, Report
 from .check_scan import Progress, Scan
@@ -116,11 +116,8 @@ def free_runs(counts: Counts, stored: Counts) -> Iterator[tuple[int, int]]:
     """(first, number) of host clusters that have no references, though the stored counts say so."""
     first = number = 0
     for start in sorted(stored.starts()):
-        wanted, found = counts.piece(start), stored.piece(start)
-        if wanted == found:
-            continue
-        for position, (references, count) in enumerate(zip(wanted, found, strict=True)):
-            if count and not references:
+        for position, references, _ in differences(counts.piece(start), stored.piece(start)):
+            if not references:
                 if number and first + number == start + position:
                     number += 1
                     continue

@@ -18,7 +18,7 @@ from dataclasses import replace
 from ...errors import CorruptImageError, FormatError, ReadOnlyError
 from ...storage.base import Storage
 from .check import Examination, Repair, examine
-from .check_counts import Counts
+from .check_counts import Counts, differences
 from .check_report import CheckResult, Finding, Kind
 from .check_scan import Progress
 from .header import CORRUPT, DIRTY, KNOWN_AUTOCLEAR, Header
@@ -147,7 +147,7 @@ async def _give_back_leaks(
     for start in sorted(stored.starts()):
         old, wanted = stored.piece(start), scan.counts.piece(start)
         new = old[:]
-        for position, (count, references) in enumerate(zip(old, wanted, strict=True)):
+        for position, count, references in differences(old, wanted):
             if count > references:
                 new[position] = references
         if new != old:
@@ -166,10 +166,8 @@ async def _give_back_leaks(
 
 def _become_single(counts: Counts, stored: Counts) -> bool:
     """Whether giving back leaks leaves clusters with one reference that had a higher count."""
-    for start in stored.starts():
-        found, wanted = stored.piece(start), counts.piece(start)
-        if found != wanted and any(
-            references == 1 and count > 1 for references, count in zip(wanted, found, strict=True)
-        ):
-            return True
-    return False
+    return any(
+        references == 1 and count > 1
+        for start in stored.starts()
+        for _, references, count in differences(counts.piece(start), stored.piece(start))
+    )
