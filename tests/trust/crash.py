@@ -65,6 +65,7 @@ class Shape:
         backing: Bytes of the layer below; None: there is none.
         data_file: The guest data is in an external file.
         concurrent: Tasks that write at the same time.
+        cancels: Some of what they do is cancelled.
         operations: Length of the workload.
         grows: The refcount table must grow.
     """
@@ -79,6 +80,7 @@ class Shape:
     backing: int | None = None
     data_file: bool = False
     concurrent: int = 1
+    cancels: bool = False
     operations: int = 60
     grows: bool = False
 
@@ -134,6 +136,25 @@ SHAPES = (
         backing=96 << 10,
         concurrent=6,
         operations=120,
+    ),
+    Shape(
+        "cancelled",
+        96 << 10,
+        filled=((0, 100),),
+        snapshots=1,
+        concurrent=5,
+        cancels=True,
+        operations=120,
+    ),
+    Shape(
+        "cancelled, compressed, subclusters",
+        384 << 10,
+        "cluster_size=16384,extended_l2=on",
+        ((8, 300),),
+        compressed=True,
+        concurrent=5,
+        cancels=True,
+        operations=100,
     ),
     # Nearly all of what the refcount table can count is in use.
     Shape(
@@ -340,7 +361,7 @@ async def run_workload(shape: Shape, files: Files, seed: int) -> Trace:
         inner: Storage = MemoryStorage(contents)
         if shape.concurrent > 1:
             # Only a storage that waits lets several operations be under way.
-            inner = SlowStorage(inner)
+            inner = SlowStorage(inner, delay=1.0)
         return RecordingStorage(inner, log, name)
 
     storage = recorded(files.image, "image")
@@ -353,7 +374,10 @@ async def run_workload(shape: Shape, files: Files, seed: int) -> Trace:
     async def work(number: int) -> None:
         rnd = random.Random(f"{seed} {number} {shape.name}")
         for _ in range(shape.operations // shape.concurrent):
-            await guest.step(rnd)
+            with trio.CancelScope() as scope:
+                if shape.cancels and rnd.random() < 0.3:
+                    scope.deadline = trio.current_time() + rnd.randrange(20)
+                await guest.step(rnd)
             if shape.grows:
                 # Sectors that a snapshot shares: each takes a new cluster.
                 await guest.write(rnd.randrange(1000, 1990), 2)
