@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Final
 from .cli.options import MountOptions
 from .errors import ImagofsError, OutOfRangeError, StorageError
 from .fuse import mounts
+from .logs import log_to_stderr, log_to_syslog
+from .notify import Notifier
 
 if TYPE_CHECKING:
     import trio
@@ -40,6 +42,8 @@ _READY: Final = b"\0"
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = -900
+#: How often the statistics are told to those who want to know.
+_REPORT_SECONDS = 5.0
 
 
 def mount(
@@ -65,10 +69,11 @@ def mount(
     Raises:
         ImagofsError: It failed before the mount answered (in the foreground).
     """
-    daemon = _Daemon(os.path.abspath(image), mountpoint, options)
+    notifier = Notifier.from_environment() if foreground else Notifier()
+    daemon = _Daemon(os.path.abspath(image), mountpoint, options, notifier)
     if foreground:
-        _log_to_stderr(verbosity)
-        return daemon.run(lambda: log.info("%s: mounted", daemon.point))
+        log_to_stderr(verbosity)
+        return daemon.run(lambda: None)
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -106,16 +111,19 @@ def _wait_until_ready(reader: int, child: int) -> int:
 
 def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     """In the child: become a daemon, and report to the parent through `writer`."""
-    os.setsid()
+    # An automount lets only the process group of mount(8) pass until something is mounted: the own
+    # one comes later. Until then a Ctrl-C is the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir("/")
-    _log_to_stderr(verbosity)  # until the mount answers, the terminal is still there
+    log_to_stderr(verbosity)  # until the mount answers, the terminal is still there
     for standard in (0, 1):
         _point_to_null(standard)
     open_pipe = True
 
     def ready() -> None:
         nonlocal open_pipe
-        _log_to_syslog(verbosity)
+        os.setsid()
+        log_to_syslog(verbosity)
         _point_to_null(2)
         open_pipe = False
         try:
@@ -155,11 +163,15 @@ class _Daemon:
         image: The image's absolute path.
         mountpoint: As it was given.
         options: What `-o` asked for.
+        notifier: Who hears of its state.
     """
 
-    def __init__(self, image: str, mountpoint: str, options: MountOptions) -> None:
+    def __init__(
+        self, image: str, mountpoint: str, options: MountOptions, notifier: Notifier
+    ) -> None:
         self.image = image
         self.options = options
+        self.notifier = notifier
         self.point = mounts.real_path(mountpoint)
         self._is_file = False
 
@@ -203,12 +215,22 @@ class _Daemon:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._obey, signals, session, nursery)
-                    await session.serve(ready)
+                    nursery.start_soon(self._report, session)
+
+                    def announce() -> None:
+                        ready()
+                        what = f"{access.format_name}, {'rw' if self.options.writable else 'ro'}"
+                        log.info("%s: mounted %s (%s)", self.point, self.image, what)
+                        self.notifier.tell(READY="1", STATUS=f"mounted {self.image} ({what})")
+
+                    await session.serve(announce)
                     nursery.cancel_scope.cancel()
             finally:
                 try:
                     lost = await self._finish(access)
                 finally:
+                    if self.options.metrics is not None:
+                        remove_file(self.options.metrics)
                     if control is not None:
                         control.end(lost)
         return 1 if lost else 0
@@ -290,7 +312,9 @@ class _Daemon:
     ) -> None:
         asked = False
         async for number in signals:
-            if number == signal.SIGUSR1:
+            if number == signal.SIGHUP:
+                log.info("%s: SIGHUP: there is nothing to reload", self.point)
+            elif number == signal.SIGUSR1:
                 log.info("%s: %s", self.point, session.statistics())
             elif number in (signal.SIGTERM, signal.SIGINT):
                 if asked:
@@ -304,11 +328,39 @@ class _Daemon:
         """Take the mount away; the session ends with its last user."""
         import trio
 
+        timeout = self.options.stop_timeout
+        patience = "" if timeout is None else f", or after {timeout:.0f} s"
+        self.notifier.tell(
+            STOPPING="1",
+            STATUS="waiting for the last user",
+            # Beyond that time there is the flush, which asks for more by itself.
+            **({} if timeout is None else {"EXTEND_TIMEOUT_USEC": _microseconds(timeout + 30)}),
+        )
         users = await trio.to_thread.run_sync(mounts.users, self.point)
         if users:
-            log.warning("%s: still used by %s: ends with the last of them", self.point, users)
-        if not await session.detach():
-            session.stop()
+            log.warning(
+                "%s: still used by %s: ends with the last of them%s", self.point, users, patience
+            )
+        if await session.detach():
+            if timeout is None:
+                return
+            await trio.sleep(timeout)
+            log.warning("%s: still used after %.0f s: not waiting any more", self.point, timeout)
+        session.stop()
+
+    async def _report(self, session: Session) -> None:
+        """Tell systemd that this process lives and what it did; keep the file of metrics."""
+        import trio
+
+        notifier, path = self.notifier, self.options.metrics
+        if not notifier.active and path is None:
+            return
+        seconds = min(_REPORT_SECONDS, (notifier.watchdog_seconds or _REPORT_SECONDS) / 3)
+        while True:
+            await trio.sleep(seconds)
+            notifier.tell(WATCHDOG="1", STATUS=session.statistics())
+            if path is not None:
+                await write_metrics(session, path)
 
     async def _finish(self, access: FormatAccess) -> str:
         """Bring everything to the disk.
@@ -316,15 +368,66 @@ class _Daemon:
         Returns:
             What was lost; empty if nothing.
         """
+        import trio
+
+        self.notifier.tell(STOPPING="1", STATUS="writing what is left to the disk")
         try:
-            await access.close()
-        except Exception as error:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._ask_for_time)
+                await access.close()
+                nursery.cancel_scope.cancel()
+        except Exception as group:
+            error = group
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
             reason = str(error) if isinstance(error, ImagofsError) else f"{self.image}: {error!r}"
             lost = f"{reason}; what was written since the last successful sync may be lost"
             log.critical("%s", lost)
             return lost
         log.info("%s: unmounted, everything is on the disk", self.point)
         return ""
+
+    async def _ask_for_time(self) -> None:
+        """A flush may take long, and must not be cut off."""
+        import trio
+
+        while self.notifier.active:
+            self.notifier.tell(WATCHDOG="1", EXTEND_TIMEOUT_USEC=_microseconds(30))
+            await trio.sleep(5)
+
+
+def _microseconds(seconds: float) -> str:
+    return str(int(seconds * 1_000_000))
+
+
+async def write_metrics(session: Session, path: str) -> None:
+    """Replace the file of metrics; a failure is logged."""
+    import trio
+
+    from .fuse.statistics import metrics
+
+    text = metrics(session.snapshot())
+
+    def write() -> None:
+        new = f"{path}.new"
+        with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.replace(new, path)
+
+    try:
+        await trio.to_thread.run_sync(write)
+    except OSError as error:
+        log.warning("%s: cannot write the metrics: %s", path, error.strerror or error)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file if it is there; a failure is logged."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s: cannot remove it: %s", path, error.strerror or error)
 
 
 def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
@@ -390,41 +493,3 @@ def _prepare_process(*, writable: bool) -> None:
             file.write(b"%d" % _OOM_SCORE)
     except OSError as error:
         log.debug("the OOM score stays as it is: %s", error)
-
-
-def _log_to_stderr(verbosity: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("imagofs: %(message)s"))
-    _log_to(handler, verbosity)
-
-
-def _log_to_syslog(verbosity: int) -> None:
-    import syslog
-
-    priorities = {
-        logging.CRITICAL: syslog.LOG_CRIT,
-        logging.ERROR: syslog.LOG_ERR,
-        logging.WARNING: syslog.LOG_WARNING,
-        logging.INFO: syslog.LOG_INFO,
-    }
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            try:
-                text = self.format(record).encode("utf-8", "backslashreplace").replace(b"\0", b"")
-                priority = priorities.get(record.levelno, syslog.LOG_DEBUG)
-                syslog.syslog(priority, text.decode())
-            except Exception:
-                self.handleError(record)
-
-    syslog.openlog("imagofs", syslog.LOG_PID, syslog.LOG_DAEMON)
-    _log_to(Handler(), verbosity)
-
-
-def _log_to(handler: logging.Handler, verbosity: int) -> None:
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if verbosity >= 2 else logging.INFO)
-    log.setLevel(logging.DEBUG if verbosity else logging.INFO)
-    # It calls a reply to a request that was aborted meanwhile an error.
-    logging.getLogger("pyfuse3").setLevel(logging.NOTSET if verbosity >= 2 else logging.CRITICAL)

@@ -28,7 +28,9 @@ VERBS: Final = {
     "create": "make an image",
     "resize": "change the size of the disk in an image",
     "snapshot": "list the snapshots inside an image",
+    "loop": "attach a loop device to a mounted disk, with its partitions",
     "install-helpers": "let mount(8) and /etc/fstab know imagofs",
+    "install-units": "let systemd know imagofs",
 }
 
 #: What mount(8) and umount(8) call, through the helpers that `install-helpers` writes.

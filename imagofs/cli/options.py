@@ -7,6 +7,7 @@ too: it is passed to the kernel, or concerns others than us.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -62,6 +63,8 @@ class MountOptions:
         writeback: `writeback`: let the kernel keep written pages back.
         metadata_bytes: `metadata_cache=`; None: the default.
         inflated_bytes: `inflate_cache=`; None: the default.
+        stop_timeout: `stop_timeout=`: seconds that SIGTERM waits for users; None: for ever.
+        metrics: `metrics=`: keep a file with the statistics in Prometheus' text format here.
         kernel: Options for the kernel.
     """
 
@@ -83,6 +86,8 @@ class MountOptions:
     writeback: bool = False
     metadata_bytes: int | None = None
     inflated_bytes: int | None = None
+    stop_timeout: float | None = None
+    metrics: str | None = None
     kernel: tuple[str, ...] = ()
 
 
@@ -207,6 +212,16 @@ def _locking(value: str) -> bool | Literal["auto"]:
     return "auto" if value == "auto" else value == "on"
 
 
+def _seconds(value: str) -> float:
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError("a whole number of seconds")
+    return float(value)
+
+
+def _absolute(value: str) -> str:
+    return os.path.abspath(value)  # before the daemon leaves for /
+
+
 def _size(value: str) -> int:
     digits = value.rstrip("kKmMgG")
     suffix = value[len(digits) :].lower()
@@ -240,6 +255,8 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "snapshot": ("snapshot", str),
     "lock": ("lock", _locking),
     "channel": ("channel", _switch),
+    "stop_timeout": ("stop_timeout", _seconds),
+    "metrics": ("metrics", _absolute),
     "metadata_cache": ("metadata_bytes", _size),
     "inflate_cache": ("inflated_bytes", _size),
 }

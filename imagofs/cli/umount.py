@@ -9,7 +9,7 @@ from ..fuse import mounts
 from ..fuse.control import Connection, EndedEarly
 from . import Parser
 
-__all__ = ["main", "unmount"]
+__all__ = ["clear_stale", "main", "unmount"]
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +26,16 @@ def main(arguments: list[str]) -> int:
         help="take the mount away although it is used, and do not wait: the daemon ends with its "
         "last user",
     )
+    parser.add_argument(
+        "--stale",
+        action="store_true",
+        help="only clear what a daemon that is gone has left mounted; it is no error if there is "
+        "nothing",
+    )
     words = parser.parse_args(arguments)
+    if words.stale:
+        clear_stale(words.mountpoint)
+        return 0
     unmount(words.mountpoint, lazy=words.lazy)
     return 0
 
@@ -74,6 +83,18 @@ def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None
             )
     if lost:
         raise StorageError(lost, filename=point)
+
+
+def clear_stale(mountpoint: str) -> None:
+    """Take away what is mounted at `mountpoint` if its daemon is gone.
+
+    Raises:
+        StorageError: It cannot be unmounted.
+    """
+    point = mounts.real_path(mountpoint)
+    mount = mounts.find_at(point)
+    if mount is not None and mount.fstype == mounts.FSTYPE and mounts.is_dead(point):
+        _detach(point, lazy=True)
 
 
 def _detach(point: str, *, lazy: bool) -> None:

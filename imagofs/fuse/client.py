@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, Final
 
-__all__ = ["READ_ONLY", "flags_of", "remount", "statistics", "sync"]
+__all__ = ["READ_ONLY", "disk_file", "flags_of", "remount", "statistics", "sync"]
 
 _MS_REMOUNT = 32
 #: The flag of a read-only mount.
@@ -51,14 +51,22 @@ def statistics(point: str) -> dict[str, Any]:
     return found
 
 
+def disk_file(point: str) -> str:
+    """The path of the disk's file.
+
+    Raises:
+        OSError: The daemon does not answer.
+    """
+    return os.path.join(point, os.listdir(point)[0]) if os.path.isdir(point) else point
+
+
 def sync(point: str) -> None:
     """Bring everything that was written through the mount to the disk.
 
     Raises:
         OSError: That failed.
     """
-    path = point if os.path.isfile(point) else os.path.join(point, os.listdir(point)[0])
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(disk_file(point), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

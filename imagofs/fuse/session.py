@@ -21,6 +21,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyfuse3
 import trio
@@ -94,9 +95,7 @@ class Session:
         self.started = time.monotonic()
         self.allocated_at_start = disk.access.allocated_bytes()
         self._ready: Callable[[], None] | None = None
-        self._operations = Operations(
-            disk, options.shown, self._initialised, lambda: snapshot(self)
-        )
+        self._operations = Operations(disk, options.shown, self._initialised, self.snapshot)
         self._threads = trio.CapacityLimiter(2)
         self._stopping = False
         self._loop_scope = trio.CancelScope()
@@ -171,8 +170,12 @@ class Session:
             negotiated=self._negotiated,
         )
 
+    def snapshot(self) -> dict[str, Any]:
+        """What was done so far."""
+        return snapshot(self)
+
     def statistics(self) -> str:
-        """What was done so far, in one line."""
+        """The same in one line."""
         return one_line(snapshot(self))
 
     # --- serving ------------------------------------------------------------------------------

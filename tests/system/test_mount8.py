@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
+from tests.conftest import NewImage
 from tests.system.namespaces import in_namespaces, succeeds
 
 
 @pytest.fixture
-def image(new_image) -> Path:
+def image(new_image: NewImage) -> Path:
     return new_image("4M", "disk.qcow2", writes=["write -P 7 0 64k"])
 
 
