@@ -83,9 +83,11 @@ class Image:
     def snapshot_entry(self) -> int:
         return self.u64(SNAPSHOT_TABLE)
 
+    def bitmap_extension(self) -> int:
+        return bytes(self.data).index(struct.pack(">II", 0x23852875, 24))
+
     def bitmap_directory(self) -> int:
-        place = bytes(self.data).index(struct.pack(">II", 0x23852875, 24))
-        return self.u64(place + 24)
+        return self.u64(self.bitmap_extension() + 24)
 
 
 # --- the images -----------------------------------------------------------------------------------
@@ -501,6 +503,14 @@ CASES: dict[str, Case] = {
     ),
     "elsewhere in a raw data file": Case(entry(0, lambda i: 65536 | COPIED), kind="data file"),
     # Bits of the header.
+    "bitmaps' bit without bitmaps": Case(bits(AUTOCLEAR, 1)),
+    "raw data file's bit without a data file": Case(bits(AUTOCLEAR, 2)),
+    "bitmaps' extension broken": Case(
+        lambda i: i.put(i.bitmap_extension() + 8, 0, 4),
+        kind="bitmaps",
+        gives_up=True,
+        notes="all bitmaps are lost",
+    ),
     "corrupt bit": Case(bits(INCOMPATIBLE, 2)),
     "dirty bit": Case(bits(INCOMPATIBLE, 1)),
 }

@@ -9,7 +9,7 @@ both.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ...errors import FormatError
@@ -68,7 +68,18 @@ async def check_image(
         from .repair_preview import check_with_mended_header
 
         return await check_with_mended_header(storage, exc, progress=progress)
-    return (await examine(storage, header, progress=progress)).result
+    result = (await examine(storage, header, progress=progress)).result
+    return replace(result, notes=_marks(header))
+
+
+def _marks(header: Header) -> tuple[str, ...]:
+    """Marks that a repair takes away, and that count for nothing."""
+    notes: list[str] = []
+    if header.dirty:
+        notes.append("the image is marked dirty: its refcounts may be out of date")
+    if header.corrupt:
+        notes.append("the image is marked corrupt, and cannot be opened for writing")
+    return tuple(notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class CheckResult:
         findings: What was found, in words: before the repair, if there was one. At most
             `MAX_FINDINGS` of them.
         lost: Parts of the disk that the repair could not keep.
-        notes: What else the repair did that its owner should know.
+        notes: What else the owner should know: marks on the image; what a repair did.
     """
 
     filename: str | None = None

@@ -18,6 +18,7 @@ from ...errors import FormatError
 from ...storage.base import Storage
 from .bitmaps import Bitmap, read_bitmaps
 from .check_counts import Counts, StoredCounts, read_bytes, read_table
+from .check_header import wrong_fields
 from .check_l2 import L2Walk
 from .check_numpy import Vectorised, can_be_flat
 from .check_report import Kind, Report
@@ -90,12 +91,6 @@ def incomplete_extra_data(header: Header, snapshot: Snapshot) -> bool:
     return header.version >= 3 and snapshot.extra_length < 16
 
 
-def has_stray_snapshots(header: Header) -> bool:
-    """Whether the snapshot table is where none can be, although nothing is in it."""
-    offset = header.snapshots_offset
-    return not header.snapshot_count and bool(offset & header.cluster_size - 1 or offset >> 63)
-
-
 class Scan:
     """One walk over everything that the image refers to.
 
@@ -149,6 +144,8 @@ class Scan:
             StorageError: Something cannot be read.
         """
         header = self.header
+        for wrong in wrong_fields(header):
+            self.report.corruption(Kind.HEADER, wrong)
         self._mark("the header", 0, header.cluster_size)
         self._mark("the L1 table", header.l1_offset, header.l1_entries * 8)
         l1 = await read_table(self.storage, header.l1_offset, header.l1_entries)
@@ -209,11 +206,6 @@ class Scan:
     async def _read_snapshots(self) -> None:
         header, report = self.header, self.report
         if not header.snapshot_count:
-            if has_stray_snapshots(header):
-                report.corruption(
-                    Kind.HEADER,
-                    f"without snapshots there is a snapshot table at {header.snapshots_offset:#x}",
-                )
             return
         try:
             self.snapshots = await read_snapshots(self.storage, header)

@@ -19,6 +19,7 @@ from ...errors import CorruptImageError, FormatError, ReadOnlyError
 from ...storage.base import Storage
 from .check import Examination, Repair, examine
 from .check_counts import Counts, differences
+from .check_header import corrected_fields
 from .check_report import CheckResult, Finding, Kind
 from .check_scan import Progress
 from .header import CORRUPT, DIRTY, KNOWN_AUTOCLEAR, Header
@@ -88,7 +89,7 @@ async def _repair_all(
     losses: Losses,
     progress: Progress | None,
 ) -> Header:
-    header = await _mark_dirty(storage, header)
+    header = await _mark_dirty(storage, corrected_fields(header))
     for _ in range(_MAX_PASSES):
         for mend in (mend_snapshots, mend_bitmaps):
             header, changed = await mend(storage, header, examination, losses)
@@ -112,17 +113,17 @@ async def _repair_all(
 
 
 async def _mark_dirty(storage: Storage, header: Header) -> Header:
-    """Say that the refcounts cannot be trusted; so that nobody does if this ends in the middle."""
+    """Write the header, with the mark that refcounts cannot be trusted where there is one."""
     if header.version < 3:
+        await write_fields(storage, header)
         return header
-    marked = replace(
+    header = replace(
         header,
         incompatible=header.incompatible | DIRTY,
         autoclear=header.autoclear & KNOWN_AUTOCLEAR,
     )
-    if marked != header:
-        await write_fields(storage, marked)
-    return marked
+    await write_fields(storage, header)
+    return header
 
 
 async def _give_back_leaks(

@@ -12,7 +12,7 @@ from ...storage.base import Storage
 from .bitmaps import IN_USE, Bitmap
 from .check import Examination
 from .check_counts import read_bytes, read_table
-from .check_scan import BITMAP_DIRECTORY, bitmap_table, has_stray_snapshots, incomplete_extra_data
+from .check_scan import BITMAP_DIRECTORY, bitmap_table, incomplete_extra_data
 from .entries import to_big_endian
 from .header import BITMAPS, MAX_L1_BYTES, Header
 from .rebuilding import append, write_all, write_changes, write_fields
@@ -38,10 +38,6 @@ async def mend_snapshots(
     Returns:
         The header as it is now, and whether something was changed; that is durable.
     """
-    if has_stray_snapshots(header):
-        header = replace(header, snapshots_offset=0)
-        await write_fields(storage, header)
-        return header, True
     if not header.snapshot_count:
         return header, False
     scan = examination.scan
