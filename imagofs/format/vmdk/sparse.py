@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from typing import Any
 
 from ...errors import CorruptImageError, FormatError, UnsupportedError
+from ...inflating import deflate_library
 from .descriptor import MAX_DESCRIPTOR_BYTES, MAX_DISK_BYTES, SECTOR
 
 __all__ = [
@@ -288,16 +285,6 @@ def parse_grain_marker(data: bytes | memoryview, offset: int = 0) -> GrainMarker
     return GrainMarker(*_GRAIN_MARKER.unpack_from(data, offset))
 
 
-@cache
-def _inflate_library() -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
-    """What makes an inflater, and what that raises for damaged data."""
-    try:
-        isal = import_module("isal.isal_zlib")
-    except ImportError:  # no wheel for this machine: the standard library does the same, slower
-        return zlib.decompressobj, (zlib.error,)
-    return isal.decompressobj, (isal.error, zlib.error)
-
-
 def inflate_grain(deflated: bytes | memoryview, grain_bytes: int, needed_bytes: int) -> bytes:
     """Inflate one grain, with no more memory than a grain has.
 
@@ -309,8 +296,8 @@ def inflate_grain(deflated: bytes | memoryview, grain_bytes: int, needed_bytes: 
     Raises:
         CorruptImageError: It is no such stream, is cut off, or becomes too long or too short.
     """
-    decompressobj, damaged = _inflate_library()
-    inflater = decompressobj()
+    decompressobj, damaged = deflate_library()
+    inflater = decompressobj(zlib.MAX_WBITS)
     try:
         # One byte more than there may be: so the end of the stream is met, or it is too long.
         inflated: bytes = inflater.decompress(deflated, grain_bytes + 1)
