@@ -203,8 +203,7 @@ class Trial:
         assert not driver.locks.entries
         # What is read for compressed clusters goes on for the next reader.
         with trio.fail_after(5):
-            while driver.metadata.epochs._active:
-                await trio.sleep(0)
+            await driver.metadata.epochs.wait_for_earlier()
         assert not driver.metadata._flushing.locked()
         assert driver._writer is not None
         assert not driver._writer._making_table.locked()
