@@ -9,11 +9,11 @@ from ...storage.base import Storage
 from .check_counts import read_bytes
 from .header import (
     BITMAPS,
+    MAGIC,
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
     Header,
     parse_header,
-    probe,
 )
 from .rebuilding import append, write_fields
 from .repair_entries import Losses
@@ -49,7 +49,7 @@ async def mend_header(storage: Storage, error: FormatError, losses: Losses) -> H
     """
     data = await read_bytes(storage, 0, min(1 << MAX_CLUSTER_BITS, storage.size()))
     cluster_bits = int.from_bytes(data[20:24], "big")
-    if not probe(data) or not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+    if data[:4] != MAGIC or not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         raise error
     cluster_size = 1 << cluster_bits
     data = data[:cluster_size] + bytes(max(0, _AUTOCLEAR_END + 1 - len(data)))
