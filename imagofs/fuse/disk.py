@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from ..mapping import ZeroMapping
+from ..mapping import RawMapping, ZeroMapping
 from .errors import Refusal
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class Disk:
         self.writeback = writeback and writable
         #: Makes the kernel write back and drop its pages of (guest_offset, length).
         self.launder: Launder | None = None
+        # A raw layer's holes are those of its file; other formats say themselves what they map.
+        raw = (layer for layer in access.layers() if layer.format_name == "raw")
+        self._sparse = frozenset(storage for layer in raw for storage in layer.storages)
         self._handles = count(1)
         self._writing_handles: set[int] = set()
         self._writes: set[int] = set()
@@ -236,10 +239,10 @@ class Disk:
         """Where data begin at or after `guest_offset`; `size` if there are none."""
         lookups = 0
         while guest_offset < size:
-            mapping = await self.access.get_mapping(guest_offset, size - guest_offset)
-            if not isinstance(mapping, ZeroMapping):
+            is_hole, length = await self._look(guest_offset, size)
+            if not is_hole:
                 break
-            guest_offset += mapping.length
+            guest_offset += length
             lookups = await _breathe(lookups)
         return guest_offset
 
@@ -247,14 +250,22 @@ class Disk:
         """Start and end of the first (part of a) hole at or after `guest_offset`."""
         lookups = 0
         while guest_offset < size:
-            mapping = await self.access.get_mapping(guest_offset, size - guest_offset)
-            if isinstance(mapping, ZeroMapping):
-                return guest_offset, guest_offset + mapping.length
-            if not mapping.length:  # the end, should the disk have shrunk meanwhile
+            is_hole, length = await self._look(guest_offset, size)
+            if is_hole:
+                return guest_offset, guest_offset + length
+            if not length:  # the end, should the disk have shrunk meanwhile
                 break
-            guest_offset += mapping.length
+            guest_offset += length
             lookups = await _breathe(lookups)
         return size, size
+
+    async def _look(self, guest_offset: int, size: int) -> tuple[bool, int]:
+        """Whether a hole is at `guest_offset`, and for how many bytes that holds."""
+        mapping = await self.access.get_mapping(guest_offset, size - guest_offset)
+        if isinstance(mapping, RawMapping) and mapping.storage in self._sparse:
+            is_data, end = await mapping.storage.extent_at(mapping.offset)
+            return not is_data, min(mapping.length, end - mapping.offset)
+        return isinstance(mapping, ZeroMapping), mapping.length
 
     async def _launder(self, guest_offset: int, length: int) -> bool:
         """Have dirty pages of a range written to the image; False if that cannot be asked."""

@@ -173,3 +173,18 @@ def test_data_stay_cached(mount: MountImage, new_image: NewImage) -> None:
             vector = (ctypes.c_char * len(resident)).from_buffer(resident)
             assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(address), 8 * MIB, vector)
     assert resident == b"\1" * len(resident)
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["raw", "overlay on raw"])
+def test_holes_of_a_raw_file(tmp_path: Path, mount: MountImage, below: bool) -> None:
+    """A sparse raw image is sparse in the mount, by itself and as a backing file."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+        for start in (MIB, 40 * MIB):
+            file.seek(start)
+            file.write(random.Random(start).randbytes(MIB))
+    if below:
+        image = qemu.create(tmp_path / "top.qcow2", backing=image.name, backing_fmt="raw")
+    with opened(mount(image).file) as fd:
+        assert data_ranges(fd) == [(MIB, 2 * MIB), (40 * MIB, 41 * MIB)]
