@@ -217,12 +217,12 @@ async def test_random_damage_is_found_as_qemu_img_finds_it(
         result = await check_image(MemoryStorage(image.data))
         contents.append((bytes(image.data), counts(result)))
         kinds = {finding.kind for finding in result.findings}
-        misplaced = any("not to the beginning" in f.message for f in result.findings)
-        if misplaced or any("and no table" in finding.message for finding in result.findings):
-            # qemu-img takes what it finds there for an L2 table.
+        words = " ".join(finding.message for finding in result.findings)
+        if Kind.OVERLAP in kinds or "to the beginning" in words or "and no table" in words:
+            # qemu-img takes what it finds there for an L2 table, or does not mind.
             assert result.corruptions
-        elif kinds & {Kind.OVERLAP, Kind.ENTRY}:
-            # Metadata in use for data, and bits that mean nothing, are not always seen by qemu-img.
+        elif Kind.ENTRY in kinds:
+            # Some bits that mean nothing are not seen by qemu-img.
             assert result.corruptions >= theirs["corruptions"]
         else:
             assert counts(result) == theirs
