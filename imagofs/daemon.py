@@ -24,6 +24,8 @@ from .errors import ImagofsError, OutOfRangeError, StorageError
 from .fuse import mounts
 from .logs import log_to_stderr, log_to_syslog
 from .notify import Notifier
+from .privileges import Detacher, become
+from .reporting import ask_for_time, microseconds, remove_file, report
 
 if TYPE_CHECKING:
     import trio
@@ -42,8 +44,6 @@ _READY: Final = b"\0"
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = -900
-#: How often the statistics are told to those who want to know.
-_REPORT_SECONDS = 5.0
 
 
 def mount(
@@ -174,6 +174,7 @@ class _Daemon:
         self.notifier = notifier
         self.point = mounts.real_path(mountpoint)
         self._is_file = False
+        self._detacher: Detacher | None = None
 
     def run(self, ready: Callable[[], None]) -> int:
         """Open, mount, serve, flush.
@@ -193,9 +194,17 @@ class _Daemon:
                 "the mountpoint is a file, and name= is for directories", filename=self.point
             )
         _prepare_process(writable=self.options.writable)
+        if self.options.setuid is not None:
+            if os.geteuid():
+                raise StorageError("option 'setuid' is for root", error=errno.EPERM)
+            self._detacher = Detacher()  # before there are threads
         import trio
 
-        return trio.run(self._run, ready)
+        try:
+            return trio.run(self._run, ready)
+        finally:
+            if self._detacher is not None:
+                self._detacher.close()
 
     async def _run(self, ready: Callable[[], None]) -> int:
         import trio
@@ -215,9 +224,11 @@ class _Daemon:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._obey, signals, session, nursery)
-                    nursery.start_soon(self._report, session)
+                    nursery.start_soon(report, self.notifier, session, self.options.metrics)
 
                     def announce() -> None:
+                        if self.options.setuid is not None:
+                            become(self.options.setuid)
                         ready()
                         what = f"{access.format_name}, {'rw' if self.options.writable else 'ro'}"
                         log.info("%s: mounted %s (%s)", self.point, self.image, what)
@@ -274,6 +285,7 @@ class _Daemon:
                 allow_other=options.allow_other,
                 channel=options.channel,
                 kernel=options.kernel,
+                detach=self._detacher.detach if self._detacher else mounts.detach,
             ),
         )
         session.mount()
@@ -334,7 +346,7 @@ class _Daemon:
             STOPPING="1",
             STATUS="waiting for the last user",
             # Beyond that time there is the flush, which asks for more by itself.
-            **({} if timeout is None else {"EXTEND_TIMEOUT_USEC": _microseconds(timeout + 30)}),
+            **({} if timeout is None else {"EXTEND_TIMEOUT_USEC": microseconds(timeout + 30)}),
         )
         users = await trio.to_thread.run_sync(mounts.users, self.point)
         if users:
@@ -348,20 +360,6 @@ class _Daemon:
             log.warning("%s: still used after %.0f s: not waiting any more", self.point, timeout)
         session.stop()
 
-    async def _report(self, session: Session) -> None:
-        """Tell systemd that this process lives and what it did; keep the file of metrics."""
-        import trio
-
-        notifier, path = self.notifier, self.options.metrics
-        if not notifier.active and path is None:
-            return
-        seconds = min(_REPORT_SECONDS, (notifier.watchdog_seconds or _REPORT_SECONDS) / 3)
-        while True:
-            await trio.sleep(seconds)
-            notifier.tell(WATCHDOG="1", STATUS=session.statistics())
-            if path is not None:
-                await write_metrics(session, path)
-
     async def _finish(self, access: FormatAccess) -> str:
         """Bring everything to the disk.
 
@@ -373,7 +371,7 @@ class _Daemon:
         self.notifier.tell(STOPPING="1", STATUS="writing what is left to the disk")
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._ask_for_time)
+                nursery.start_soon(ask_for_time, self.notifier)
                 await access.close()
                 nursery.cancel_scope.cancel()
         except Exception as group:
@@ -386,48 +384,6 @@ class _Daemon:
             return lost
         log.info("%s: unmounted, everything is on the disk", self.point)
         return ""
-
-    async def _ask_for_time(self) -> None:
-        """A flush may take long, and must not be cut off."""
-        import trio
-
-        while self.notifier.active:
-            self.notifier.tell(WATCHDOG="1", EXTEND_TIMEOUT_USEC=_microseconds(30))
-            await trio.sleep(5)
-
-
-def _microseconds(seconds: float) -> str:
-    return str(int(seconds * 1_000_000))
-
-
-async def write_metrics(session: Session, path: str) -> None:
-    """Replace the file of metrics; a failure is logged."""
-    import trio
-
-    from .fuse.statistics import metrics
-
-    text = metrics(session.snapshot())
-
-    def write() -> None:
-        new = f"{path}.new"
-        with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-        os.replace(new, path)
-
-    try:
-        await trio.to_thread.run_sync(write)
-    except OSError as error:
-        log.warning("%s: cannot write the metrics: %s", path, error.strerror or error)
-
-
-def remove_file(path: str) -> None:
-    """Remove a file if it is there; a failure is logged."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.warning("%s: cannot remove it: %s", path, error.strerror or error)
 
 
 def prepare_mountpoint(point: str, *, make: bool = False) -> bool:

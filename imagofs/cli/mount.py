@@ -25,6 +25,7 @@ options of -o, separated by commas:
   channel=on|off        off: every request through pyfuse3
   metadata_cache=SIZE, inflate_cache=SIZE
                         bounds of the caches (default: 32M and 64M)
+  setuid=USER           run as this user once the image is open and mounted (root only)
   stop_timeout=SECONDS  how long SIGTERM waits for those who use it (default: for ever)
   metrics=FILE          keep a file with the statistics, in Prometheus' text format
   X-mount.mkdir         make the mountpoint if it is missing

@@ -63,6 +63,7 @@ class MountOptions:
         writeback: `writeback`: let the kernel keep written pages back.
         metadata_bytes: `metadata_cache=`; None: the default.
         inflated_bytes: `inflate_cache=`; None: the default.
+        setuid: `setuid=`: run as this user once the image is open and mounted.
         stop_timeout: `stop_timeout=`: seconds that SIGTERM waits for users; None: for ever.
         metrics: `metrics=`: keep a file with the statistics in Prometheus' text format here.
         kernel: Options for the kernel.
@@ -86,6 +87,7 @@ class MountOptions:
     writeback: bool = False
     metadata_bytes: int | None = None
     inflated_bytes: int | None = None
+    setuid: int | None = None
     stop_timeout: float | None = None
     metrics: str | None = None
     kernel: tuple[str, ...] = ()
@@ -255,6 +257,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "snapshot": ("snapshot", str),
     "lock": ("lock", _locking),
     "channel": ("channel", _switch),
+    "setuid": ("setuid", _user),
     "stop_timeout": ("stop_timeout", _seconds),
     "metrics": ("metrics", _absolute),
     "metadata_cache": ("metadata_bytes", _size),

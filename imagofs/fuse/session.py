@@ -53,6 +53,7 @@ class SessionOptions:
         allow_other: Let other users in.
         channel: Use the data channel.
         kernel: Further mount options for the kernel ("nosuid", "noatime" ...).
+        detach: Takes what is mounted at a point away, even while it is used; called in a thread.
     """
 
     point: str
@@ -61,6 +62,7 @@ class SessionOptions:
     allow_other: bool = False
     channel: bool = True
     kernel: tuple[str, ...] = ()
+    detach: Callable[[str], None] = mounts.detach
 
 
 class _Option(str):
@@ -254,7 +256,7 @@ class Session:
         for point in self.places():
             try:
                 # It waits for WRITEs that the kernel sends on this occasion.
-                await trio.to_thread.run_sync(mounts.detach, point, limiter=self._threads)
+                await trio.to_thread.run_sync(self.options.detach, point, limiter=self._threads)
             except OSError as error:
                 log.error("%s: cannot unmount: %s", point, error.strerror or error)
                 done = False
