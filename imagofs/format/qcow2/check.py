@@ -76,9 +76,15 @@ def _marks(header: Header) -> tuple[str, ...]:
     """Marks that a repair takes away, and that count for nothing."""
     notes: list[str] = []
     if header.dirty:
-        notes.append("the image is marked dirty: its refcounts may be out of date")
+        notes.append(
+            "the image is marked dirty: its refcounts may be out of date, and are rebuilt when it "
+            "is opened for writing"
+        )
     if header.corrupt:
-        notes.append("the image is marked corrupt, and cannot be opened for writing")
+        notes.append(
+            "the image is marked corrupt, and is not opened for writing until --repair all has "
+            "taken the mark away"
+        )
     return tuple(notes)
 
 

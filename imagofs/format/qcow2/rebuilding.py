@@ -18,6 +18,8 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 
+import trio
+
 from ...errors import CorruptImageError, UnsupportedError
 from ...storage.base import Storage
 from .check_counts import Counts, StoredCounts, differences, read_bytes, read_table
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _SECTOR = 512
+_TABLES_PER_TURN = 64
 
 
 async def rebuild_refcounts(
@@ -144,7 +147,8 @@ async def store_refcounts(storage: Storage, scan: Scan, stored: StoredCounts) ->
         raise UnsupportedError(
             f"the cluster at {cluster << header.cluster_bits:#x} has "
             f"{scan.counts.maximum + surplus} references, but a refcount of "
-            f"{header.refcount_bits} bits ends at {scan.counts.maximum}",
+            f"{header.refcount_bits} bits ends at {scan.counts.maximum}; 'imagofs check --repair "
+            f"all' makes copies",
             filename=storage.filename,
         )
     if _can_stay(scan, stored):
@@ -271,7 +275,9 @@ async def correct_copied_flags(storage: Storage, scan: Scan) -> int:
         if offset in scan.tables:
             l1[index] = _with_flag(entry, counts.get(offset >> header.cluster_bits) == 1)
             wrong += l1[index] != entry
-    for offset, table in sorted(scan.tables.items()):
+    for done, (offset, table) in enumerate(sorted(scan.tables.items()), 1):
+        if not done % _TABLES_PER_TURN:
+            await trio.lowlevel.checkpoint()
         data = await read_bytes(storage, offset, header.cluster_size)
         words = from_big_endian(data)
         changed = 0
