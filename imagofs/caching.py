@@ -37,6 +37,13 @@ class MetadataCache:
         self._young_bytes = 0
         self._namespaces = count()
 
+    def hold_at_least(self, length: int) -> None:
+        """Raise the limit, if it is lower, so that tables of `length` bytes can be there together.
+
+        Who needs several tables at a time would otherwise load them in turns without end.
+        """
+        self.half = max(self.half, length)
+
     def namespace(self) -> int:
         """A number to add to own keys (0 to 2**48 - 1), so that they differ from others'."""
         return next(self._namespaces) << _NAMESPACE_BITS

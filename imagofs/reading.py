@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Dependencies", "ReadAccess", "check_types", "checked_parallelism"]
 
 _FIRST_CODE = 252
+#: Bytes of tables that the cache has room for at least, per layer: a few tables of each.
+_TABLES_PER_LAYER = 16 << 10
 
 
 class Dependencies(NamedTuple):
@@ -66,6 +68,7 @@ class ReadAccess:
         self._closed = False
         self._cache = cache or MetadataCache(DEFAULT_METADATA_BYTES)
         self._map = ResolvedMap(self.layers(), self._cache)
+        self._cache.hold_at_least(len(self._map.layers) * _TABLES_PER_LAYER)
         self._readers = tuple(storage.readv_nowait for storage in self._map.storages)
         self._writers = tuple(storage.writev_nowait for storage in self._map.storages)
         # The fast path's own copies: an attribute less on each request.
@@ -237,11 +240,14 @@ class ReadAccess:
             self.driver.end_io(token)
 
     async def _runs(self, guest_offset: int, length: int) -> list[Run]:
-        while True:
+        # Each round brings in one table. More rounds than there can be tables mean that the cache
+        # is too small for all of them together: then layer by layer.
+        for _ in range(len(self._map.layers) * (2 + length // 4096)):
             try:
                 return self._map.runs(guest_offset, length)
             except NotCached as missing:
                 await missing.driver.get_mapping(missing.guest_offset, 1)
+        return [Run(MIXED, 0, length)]
 
     async def _read_runs(self, runs: list[Run], views: list[memoryview], guest_offset: int) -> None:
         waiting: list[tuple[Run, list[memoryview], int]] = []

@@ -163,8 +163,9 @@ SHAPES = (
         "cluster_size=512,refcount_bits=64",
         ((0, 2000),),
         snapshots=2,
-        rewritten=972,
+        rewritten=978,
         grows=True,
+        operations=24,
     ),
 )
 
