@@ -22,6 +22,7 @@ __all__ = ["Parser", "main", "report"]
 VERBS: Final = {
     "mount": "mount an image (the verb may be left out)",
     "umount": "unmount, and wait until everything is on the disk",
+    "stat": "show what a mount has done so far",
     "info": "say what an image is made of",
     "check": "check an image, and repair it",
     "map": "show where an image's data is",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,10 @@ def test_sigusr1_logs_the_statistics(new_image: NewImage, places: tuple[Path, Pa
     assert "nothing to reload" in log
 
 
+def _is_empty(group: Path) -> bool:
+    return not (group / "cgroup.procs").read_text()
+
+
 @contextmanager
 def memory_limit(megabytes: int) -> Iterator[Path]:
     """A cgroup whose processes get no more memory than this."""
@@ -203,7 +208,7 @@ def memory_limit(megabytes: int) -> Iterator[Path]:
             (group / limit).write_text(str(megabytes << 20))
             yield group
         finally:
-            wait_until(lambda file=group / "cgroup.procs": not file.read_text())
+            wait_until(partial(_is_empty, group))
             group.rmdir()
         return
     pytest.skip("no cgroup file system here has the memory controller")
