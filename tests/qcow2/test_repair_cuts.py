@@ -1,19 +1,36 @@
-"""A power cut in the middle of a repair: nothing is worse, and another repair finishes it."""
+"""A repair that does not end: nothing is worse, and another repair finishes it."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+import trio
 
 from imagofs import PermissiveImplicitOpenGate, open_image
-from imagofs.errors import FormatError, ImagofsError
+from imagofs.errors import FormatError, ImagofsError, StorageError
 from imagofs.format.qcow2.check import Repair, check_image
 from imagofs.storage.memory import MemoryStorage
 from tests.qcow2.damage import CASES, Bases, Image
-from tests.support.storages import Record, RecordingStorage, replay
+from tests.support.storages import (
+    FaultyStorage,
+    Record,
+    RecordingStorage,
+    SlowStorage,
+    replay,
+)
 
 CUTS = 2
+FAULTY = (
+    "refcounts all 0",
+    "refcount block in data",
+    "refcount table at 0",
+    "data in the L1 table",
+    "snapshot's L1 table misaligned",
+    "bitmap's table misaligned",
+    "one bit, two guest clusters",
+    "leaked cluster",
+)
 SECTOR = 512
 PART = 32768
 
@@ -105,3 +122,45 @@ async def test_power_cut_in_a_repair(bases: Bases, mode: Repair):
             cuts += 1
     print(f"{cuts} cuts, {finished} of them after the last write that matters")
     assert cuts > 20
+
+
+@pytest.mark.parametrize("kind", ["write", "sync", "discard"])
+async def test_repair_that_fails_says_so_and_another_one_finishes_it(bases: Bases, kind: str):
+    """Each call fails in turn."""
+    failed = 0
+    for name in FAULTY:
+        image = Image(bases[CASES[name].kind].data)
+        CASES[name].damage(image)
+        for nth in range(1, 100):
+            storage = FaultyStorage(MemoryStorage(image.data), kind, nth)
+            try:
+                await check_image(storage, repair="all")
+            except StorageError:
+                failed += 1
+            else:
+                assert storage.calls[kind] < nth, "the failure was not told"
+                break
+            assert isinstance(storage.inner, MemoryStorage)
+            result = await check_image(storage.inner, repair="all")
+            assert result.exit_code == 0, (name, nth)
+            assert {lost.guest_offset for lost in result.lost} <= {0, 65536}
+    assert failed
+
+
+async def test_cancelled_repair_is_finished_by_another_one(bases: Bases):
+    cancelled = 0
+    for name in FAULTY:
+        image = Image(bases[CASES[name].kind].data)
+        CASES[name].damage(image)
+        for pause in range(1, 400, 7):
+            storage = SlowStorage(MemoryStorage(image.data))
+            with trio.CancelScope() as scope:
+                cancel = scope.cancel
+                storage.on_pause = lambda n, at=pause, stop=cancel: stop() if n == at else None
+                await check_image(storage, repair="all")
+            assert isinstance(storage.inner, MemoryStorage)
+            if not scope.cancelled_caught:
+                break
+            cancelled += 1
+            assert (await check_image(storage.inner, repair="all")).exit_code == 0
+    assert cancelled > 20

@@ -44,7 +44,7 @@ class State:
         name: The snapshot's name, None for the active state.
         snapshot: Its number in the snapshot table, None for the active state.
         l1_offset: Host offset of the L1 table.
-        l1: The L1 table's entries.
+        l1: The L1 table's entries, up to the last that is not 0.
     """
 
     name: str | None
@@ -148,7 +148,7 @@ class Scan:
             self.report.corruption(Kind.HEADER, wrong)
         self._mark("the header", 0, header.cluster_size)
         self._mark("the L1 table", header.l1_offset, header.l1_entries * 8)
-        l1 = await read_table(self.storage, header.l1_offset, header.l1_entries)
+        l1 = await self._read_l1(header.l1_offset, header.l1_entries)
         self.states.append(State(None, None, header.l1_offset, l1))
         await self._read_snapshots()
         for number, state in enumerate(self.states):
@@ -163,6 +163,12 @@ class Scan:
                     self._progress(done, total)
         if self._progress is not None:
             self._progress(total, total)
+
+    async def _read_l1(self, offset: int, entries: int) -> array[int]:
+        """An L1 table without the zeroes at its end: it may be large in name only."""
+        data = await read_bytes(self.storage, offset, entries * 8)
+        used = len(data.rstrip(b"\0"))
+        return from_big_endian(memoryview(data)[: used + -used % 8])
 
     # --- metadata -----------------------------------------------------------------------------
 
@@ -233,7 +239,7 @@ class Scan:
             elif length > MAX_L1_BYTES:
                 wrong = f"has {snapshot.l1_entries} entries"
             elif self._mark(what, snapshot.l1_offset, length):
-                l1 = await read_table(self.storage, snapshot.l1_offset, snapshot.l1_entries)
+                l1 = await self._read_l1(snapshot.l1_offset, snapshot.l1_entries)
                 self.states.append(State(snapshot.name, number, snapshot.l1_offset, l1))
                 continue
             else:
