@@ -7,7 +7,9 @@ there is one, says what is wrong and, where something can be done, what to do.
 from __future__ import annotations
 
 import errno
+import functools
 import os
+from typing import Any
 
 __all__ = [
     "ChainError",
@@ -124,6 +126,13 @@ class StorageError(ImagofsError, OSError):
     ) -> None:
         ImagofsError.__init__(self, message, filename=filename)
         self.errno = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # OSError's own would leave the file's name behind.
+        rebuild = functools.partial(
+            type(self), error=self.errno or errno.EIO, filename=self.filename
+        )
+        return rebuild, (self.message,)
 
     @classmethod
     def of(cls, action: str, error: OSError, filename: str | None) -> StorageError:

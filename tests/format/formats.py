@@ -110,6 +110,20 @@ class Disk:
             qemu.qemu_img("check", f"json:{json.dumps(options)}")
 
 
+async def read(access: FormatAccess, guest_offset: int = 0, length: int = SIZE) -> bytes:
+    """A part of a disk."""
+    got = bytearray(length)
+    await access.read(got, guest_offset)
+    return bytes(got)
+
+
+async def reopened(kind: Disk, opened: Opened) -> bytes:
+    """What another reader of the files finds."""
+    again = await kind.open(files=opened.files())
+    async with again.access as access:
+        return await read(access, 0, access.size())
+
+
 @dataclass
 class MemoryOpener:
     """Opens the extents and the parent of a VMDK."""
