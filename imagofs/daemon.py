@@ -238,6 +238,8 @@ class _Daemon:
                     nursery.cancel_scope.cancel()
             finally:
                 try:
+                    if control is not None:
+                        control.stop_listening()
                     lost = await self._finish(access)
                 finally:
                     if self.options.metrics is not None:
@@ -259,6 +261,18 @@ class _Daemon:
                 gate = gates.AllowDirectories(options.allow)
             except OSError as error:
                 raise StorageError.of("allow this directory", error, error.filename) from error
+        if options.overlay is not None:
+            from .overlaying import open_with_overlay
+
+            return await open_with_overlay(
+                self.image,
+                options.overlay or None,
+                gate=gate,
+                format=options.format,
+                lock=options.lock,
+                metadata_bytes=options.metadata_bytes,
+                inflated_bytes=options.inflated_bytes,
+            )
         return await open_image(
             self.image,
             writable=options.writable,

@@ -25,6 +25,8 @@ options of -o, separated by commas:
   channel=on|off        off: every request through pyfuse3
   metadata_cache=SIZE, inflate_cache=SIZE
                         bounds of the caches (default: 32M and 64M)
+  overlay, overlay=FILE rw, but IMAGE stays as it is: what is written goes to a temporary file, or
+                        to FILE, a qcow2 on top of IMAGE, which is kept and used again
   setuid=USER           run as this user once the image is open and mounted (root only)
   stop_timeout=SECONDS  how long SIGTERM waits for those who use it (default: for ever)
   metrics=FILE          keep a file with the statistics, in Prometheus' text format

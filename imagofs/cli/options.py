@@ -63,6 +63,8 @@ class MountOptions:
         writeback: `writeback`: let the kernel keep written pages back.
         metadata_bytes: `metadata_cache=`; None: the default.
         inflated_bytes: `inflate_cache=`; None: the default.
+        overlay: `overlay`, `overlay=`: writes go to an overlay, which is this file; empty: to a
+            temporary one.
         setuid: `setuid=`: run as this user once the image is open and mounted.
         stop_timeout: `stop_timeout=`: seconds that SIGTERM waits for users; None: for ever.
         metrics: `metrics=`: keep a file with the statistics in Prometheus' text format here.
@@ -87,6 +89,7 @@ class MountOptions:
     writeback: bool = False
     metadata_bytes: int | None = None
     inflated_bytes: int | None = None
+    overlay: str | None = None
     setuid: int | None = None
     stop_timeout: float | None = None
     metrics: str | None = None
@@ -125,7 +128,9 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
     kernel: dict[str, str] = {}
     for option in (option for text in texts for option in split_options(text)):
         name, equals, value = option.partition("=")
-        if name in _FLAGS and not equals:
+        if option == "overlay":
+            chosen["overlay"] = ""
+        elif name in _FLAGS and not equals:
             key, setting = _FLAGS[name]
             chosen[key] = setting
         elif name == "allow" and value:
@@ -152,6 +157,10 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
         raise OptionError("options 'deny' and 'allow' contradict each other")
     if chosen.get("snapshot") is not None and chosen.get("writable"):
         raise OptionError("a snapshot is read-only: options 'snapshot' and 'rw' do not go together")
+    if chosen.get("overlay") is not None:
+        if chosen.get("snapshot") is not None:
+            raise OptionError("options 'snapshot' and 'overlay' do not go together")
+        chosen["writable"] = True
     return MountOptions(allow=tuple(allow), kernel=tuple(kernel.values()), **chosen)
 
 
@@ -257,6 +266,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "snapshot": ("snapshot", str),
     "lock": ("lock", _locking),
     "channel": ("channel", _switch),
+    "overlay": ("overlay", _absolute),
     "setuid": ("setuid", _user),
     "stop_timeout": ("stop_timeout", _seconds),
     "metrics": ("metrics", _absolute),

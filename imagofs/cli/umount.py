@@ -67,13 +67,14 @@ def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None
             ) from error
         _detach(point, lazy=True)
         return
+    elsewhere = len(mounts.find_device(mount.device)) > 1
     with connection:
         if force:
             mounts.sever(point)  # the daemon takes away what is mounted then
         else:
             _detach(point, lazy=lazy)
-            if lazy or any(other.device == mount.device for other in mounts.mounts()):
-                return  # used, or mounted elsewhere too
+            if lazy or elsewhere:
+                return
         try:
             lost = connection.wait()
         except EndedEarly:

@@ -11,10 +11,12 @@ that user.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import struct
+import time
 from typing import Self
 
 __all__ = ["Connection", "ControlSocket", "EndedEarly"]
@@ -22,6 +24,7 @@ __all__ = ["Connection", "ControlSocket", "EndedEarly"]
 _CREDENTIALS = struct.Struct("=iII")  # process, user, group
 _MESSAGE_BYTES = 4096
 _CONNECT_SECONDS = 5.0
+_BIND_SECONDS = 2.0
 
 
 def _name(device: str) -> str:
@@ -46,33 +49,58 @@ class ControlSocket:
     """
 
     def __init__(self, device: str) -> None:
+        self._clients: list[socket.socket] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._socket.bind(_name(device))
+            self._bind(_name(device))
             self._socket.listen(64)
             self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
             raise
 
-    def end(self, lost: str) -> None:
-        """Tell everybody how it ended, and close. A plain function: clients wait in the backlog.
+    def _bind(self, name: str) -> None:
+        """Bind; a daemon whose mount had the same number may be about to give the name up."""
+        deadline = time.monotonic() + _BIND_SECONDS
+        while True:
+            try:
+                self._socket.bind(name)
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.005)
 
-        Args:
-            lost: What was lost; empty if nothing.
+    def stop_listening(self) -> None:
+        """Give the name up: the mount is gone, and the next one may have its number.
+
+        Who has connected before is told how it ends all the same.
         """
         while True:
             try:
                 client, _ = self._socket.accept()
             except OSError:
                 break
-            with client:
-                if _peer(client)[1] in (0, os.geteuid()):
-                    try:
-                        client.send(b"\0" + os.fsencode(lost)[: _MESSAGE_BYTES - 1])
-                    except OSError:  # it did not wait
-                        pass
+            if _peer(client)[1] in (0, os.geteuid()):
+                self._clients.append(client)
+            else:
+                client.close()
         self._socket.close()
+
+    def end(self, lost: str) -> None:
+        """Tell everybody how it ended, and close.
+
+        Args:
+            lost: What was lost; empty if nothing.
+        """
+        self.stop_listening()
+        for client in self._clients:
+            with client:
+                try:
+                    client.send(b"\0" + os.fsencode(lost)[: _MESSAGE_BYTES - 1])
+                except OSError:  # it did not wait
+                    pass
+        self._clients.clear()
 
 
 class EndedEarly(Exception):

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _FUSE_DEVICE = os.makedev(10, 229)
 _MAX_BACKGROUND = 256
 _READ_AHEAD_KIB = 1024
+_ASK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +236,29 @@ class Session:
 
     async def _leave(self) -> None:
         """See to it that nothing is mounted any more."""
-        places = self.places()
-        if places and not self._stopping:
-            log.warning("the connection was severed while %s was mounted", places[0])
-        await self.detach()
+        if self._stopping:
+            await self.detach()
+            return
+        # The kernel gives the device's number to the next mount as soon as this one is gone: what
+        # has that number and answers is another daemon's.
+        severed = [point for point in self.places() if await self._is_severed(point)]
+        if severed:
+            log.warning("the connection was severed while %s was mounted", severed[0])
+        await self._detach(severed)
+
+    async def _is_severed(self, point: str) -> bool:
+        """Whether the mount at `point` has lost its daemon; only asked once this one has ended."""
+
+        def ask() -> bool:
+            try:
+                os.statvfs(point)
+            except OSError as error:
+                return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+            return False
+
+        with trio.move_on_after(_ASK_SECONDS):
+            return await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
+        return False
 
     def places(self) -> list[str]:
         """Where it is mounted now; empty once it is unmounted or detached."""
@@ -252,8 +272,11 @@ class Session:
         Returns:
             False if that failed somewhere, which is logged.
         """
+        return await self._detach(self.places())
+
+    async def _detach(self, points: list[str]) -> bool:
         done = True
-        for point in self.places():
+        for point in points:
             try:
                 # It waits for WRITEs that the kernel sends on this occasion.
                 await trio.to_thread.run_sync(self.options.detach, point, limiter=self._threads)

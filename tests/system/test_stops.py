@@ -235,3 +235,26 @@ def test_memory_pressure(new_image: NewImage, places: tuple[Path, Path]) -> None
         _, log = process.communicate(timeout=30)
         assert process.returncode == 0, log
     qemu.check(image)
+
+
+def test_the_next_mount_has_the_same_number(
+    new_image: NewImage, mount: MountImage, tmp_path: Path
+) -> None:
+    """The kernel uses a device's number again at once: the daemon that ends takes its own only."""
+    first = mount(new_image("1M"))
+    image = new_image("1M", writes=["write -P 65 0 512"])
+    point = tmp_path / "next"
+    point.mkdir()
+    first.signal(signal.SIGSTOP)
+    qemu.run("umount", "-i", first.path)
+    command = [str(PROGRAM), str(image), str(point)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: mount_at(point) is not None)
+        time.sleep(0.1)
+        first.signal(signal.SIGCONT)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (0, "")
+    first.wait_for_end()
+    assert (point / f"{image.stem}.raw").read_bytes()[:2] == b"AA"
+    imagofs("umount", point)
+    assert mount_at(point) is None

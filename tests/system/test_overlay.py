@@ -1,0 +1,105 @@
+"""`-o overlay`: the disk can be written to, and the image stays as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import qemu
+from tests.conftest import NewImage
+from tests.mount.mounting import MountImage, imagofs, mounting
+
+
+@pytest.fixture
+def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MountImage]:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    with mounting(tmp_path) as mount_image:
+        yield mount_image
+
+
+def fingerprint(path: Path) -> tuple[str, int]:
+    return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw", "chain"])
+def test_a_temporary_one(new_image: NewImage, mount: MountImage, tmp_path: Path, kind: str) -> None:
+    fmt = "raw" if kind == "raw" else "qcow2"
+    image = new_image("1M", fmt=fmt, writes=["write -P 65 0 8k"])
+    if kind == "chain":
+        image = new_image(backing=image, writes=["write -P 66 0 4k"])
+    image.chmod(0o444)
+    before = fingerprint(image)
+    for _ in range(2):  # nothing is left of the first time
+        mounted = mount(image, "overlay")
+        assert mounted.file.name == f"{image.stem}.raw"
+        with mounted.file.open("r+b") as file:
+            assert file.read(1) == (b"B" if kind == "chain" else b"A")
+            file.seek(4096)
+            assert file.read(2) == b"AA"
+            file.seek(512)
+            file.write(b"new")
+            os.fsync(file)
+        assert mounted.file.read_bytes()[510:517] == (b"BBnewBB" if kind == "chain" else b"AAnewAA")
+        assert not list((tmp_path / "temporary").iterdir())
+        mounted.umount()
+        assert fingerprint(image) == before
+
+
+def test_one_that_is_kept(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None:
+    image = new_image("1M", writes=["write -P 65 0 8k"])
+    before = fingerprint(image)
+    overlay = tmp_path / "kept.qcow2"
+    for number in range(3):
+        mounted = mount(image, f"overlay={overlay}")
+        with mounted.file.open("r+b") as file:
+            assert file.read(number + 1) == b"n" * number + b"A"
+            file.seek(number)
+            file.write(b"n")
+        mounted.umount()
+    assert fingerprint(image) == before
+    assert qemu.info(overlay)["backing-filename"] == str(image)
+    assert qemu.info(overlay)["backing-filename-format"] == "qcow2"
+    assert qemu.contents(overlay)[:4] == b"nnnA"
+    qemu.check(overlay)
+
+
+def test_refusals(new_image: NewImage, tmp_path: Path) -> None:
+    image, other = new_image("1M"), new_image("1M")
+    of_other = new_image(backing=other)
+    text = tmp_path / "text"
+    text.write_text("no image")
+    for overlay, reason in (
+        (other, "no backing file"),
+        (of_other, "is no overlay of"),
+        (text, "qcow2"),
+        (tmp_path / "missing/file", "No such file"),
+    ):
+        before = overlay.read_bytes() if overlay.exists() else None
+        done = imagofs(image, tmp_path, "-o", f"overlay={overlay}", ok=1)
+        assert reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert (overlay.read_bytes() if overlay.exists() else None) == before
+    done = imagofs(image, tmp_path, "-o", "overlay,snapshot=x", ok=2)
+    assert "do not go together" in done.stderr
+
+
+def test_the_gate_still_judges(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None:
+    base = new_image("1M")
+    image = new_image(backing=base)
+    mount(base, "overlay,deny")
+    assert "backing file" in imagofs(image, tmp_path, "-o", "overlay,deny", ok=1).stderr
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_locks(new_image: NewImage, mount: MountImage) -> None:
+    """Others may read the image meanwhile; nobody may write to it."""
+    image = new_image("1M")
+    mount(image, "overlay")
+    mount(image, "overlay")
+    qemu.qemu_io(image, "length", read_only=True)
+    with pytest.raises(AssertionError, match="lock"):
+        qemu.qemu_io(image, "length")
