@@ -25,6 +25,7 @@ from imagofs.errors import UnsupportedError
 from imagofs.gate import PermissiveImplicitOpenGate
 from imagofs.mapping import RawMapping
 from imagofs.opening import open_image
+from imagofs.storage.base import StorageOpenOptions
 from tests import qemu
 from tests.support.qcow2_oracle import check
 
@@ -45,6 +46,7 @@ class Shape:
     compressed: bool = False
     bitmap: bool = False
     metadata_bytes: int | None = None
+    direct: bool = False
 
 
 def random_shape(rnd: random.Random) -> Shape:
@@ -65,6 +67,9 @@ def random_shape(rnd: random.Random) -> Shape:
             shape.data_file = True
             shape.options["data_file_raw"] = rnd.random() < 0.5
         shape.bitmap = rnd.random() < 0.1
+        shape.options["lazy_refcounts"] = rnd.random() < 0.1
+        if rnd.random() < 0.3:
+            shape.options["compression_type"] = "zstd"
     if not shape.options.get("data_file_raw") and rnd.random() < 0.5:
         for number in range(rnd.randrange(1, 4)):
             fmt = rnd.choice(
@@ -80,8 +85,11 @@ def random_shape(rnd: random.Random) -> Shape:
         too_few = (1, 2, 4, 8) if shape.compressed else (1, 2)
         if shape.options.get("refcount_bits") not in too_few and rnd.random() < 0.4:
             shape.snapshots = rnd.randrange(1, 3)
+    if not shape.backing and rnd.random() < 0.15:
+        shape.options["preallocation"] = rnd.choice(["metadata", "falloc", "full"])
     if rnd.random() < 0.6:
         shape.metadata_bytes = 1  # as small as can be
+    shape.direct = rnd.random() < 0.1
     return shape
 
 
@@ -199,6 +207,7 @@ class Walk:
             writable=True,
             gate=PermissiveImplicitOpenGate(),
             metadata_bytes=self.shape.metadata_bytes,
+            storage_options=StorageOpenOptions(direct=self.shape.direct),
         )
 
     # --- the walk ---------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ is being written belongs to the next flush. Then, in this order:
     1. refcount blocks (increments); a block that the refcount table does not know yet is made
        durable before its table entry is written
     2. sync: guest data and refcounts are durable
-    3. L2 slices
-    4. sync, L1 entries: only if L1 entries changed
-    5. sync: if the caller asked for durability, or references were dropped
-    6. host clusters without references are punched once all I/O on them has ended, and their
+    3. L2 slices and L1 entries, in any order: a new table was written as a whole when it was made,
+       so by 2 it is durable as it was then, and that is as right as what is in it now
+    4. sync: if the caller asked for durability, or references were dropped
+    5. host clusters without references are punched once all I/O on them has ended, and their
        counts taken off: only now may they be used again
-    7. the blocks with those decrements (not synced: if they are lost, clusters leak)
+    6. the blocks with those decrements (not synced: if they are lost, clusters leak)
 
 A step that fails or is cancelled puts the whole cut back among what is dirty. A sync that fails
 ends writing for good: the kernel may have dropped the pages that it could not write.
@@ -219,9 +219,7 @@ class Metadata:
         if cut.slices or cut.l1:
             await self._sync()
             await self._write_all(cut.slices)
-            if cut.l1:
-                await self._sync()
-                await self._write_all(cut.l1)
+            await self._write_all(cut.l1)
         if durable or cut.dropped:
             await self._sync()
         if cut.dropped:
