@@ -114,6 +114,8 @@ SHAPES = (
         ((20, 60),),
         backing=96 << 10,
     ),
+    # A refcount block counts 64 clusters.
+    Shape("refcount blocks", 192 << 10, "cluster_size=512,refcount_bits=64", ((0, 20),)),
     Shape("one bit", 96 << 10, "cluster_size=512,refcount_bits=1", ((0, 60),)),
     Shape("subclusters", 512 << 10, "cluster_size=16384,extended_l2=on", ((8, 300),)),
     Shape(

@@ -79,14 +79,14 @@ def random_shape(rnd: random.Random) -> Shape:
                 fmt = "qcow2"  # a VMDK's parent is a VMDK
             below = rnd.randrange(1, largest // SECTOR) * SECTOR
             shape.backing.append((fmt, size if rnd.random() < 0.3 else below))
-    if not shape.data_file:
+    if not shape.backing and rnd.random() < 0.15:
+        shape.options["preallocation"] = rnd.choice(["metadata", "falloc", "full"])
+    elif not shape.data_file:
         shape.compressed = rnd.random() < 0.4
         # Small compressed clusters share host clusters, and a snapshot doubles their references.
         too_few = (1, 2, 4, 8) if shape.compressed else (1, 2)
         if shape.options.get("refcount_bits") not in too_few and rnd.random() < 0.4:
             shape.snapshots = rnd.randrange(1, 3)
-    if not shape.backing and rnd.random() < 0.15:
-        shape.options["preallocation"] = rnd.choice(["metadata", "falloc", "full"])
     if rnd.random() < 0.6:
         shape.metadata_bytes = 1  # as small as can be
     shape.direct = rnd.random() < 0.1
