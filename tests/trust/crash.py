@@ -59,6 +59,7 @@ class Shape:
         size: Bytes of the disk.
         options: `qemu-img create` options.
         filled: The part of the disk that is written before, in sectors: (first, count).
+        zeroed: Then zeroes are written over these clusters, which keep their old bytes.
         compressed: The contents are written compressed.
         snapshots: Internal snapshots that are taken of it.
         rewritten: Sectors that are written again after each snapshot.
@@ -74,6 +75,7 @@ class Shape:
     size: int
     options: str = "cluster_size=512"
     filled: tuple[tuple[int, int], ...] = ()
+    zeroed: tuple[tuple[int, int], ...] = ()
     compressed: bool = False
     snapshots: int = 0
     rewritten: int = 5
@@ -93,7 +95,13 @@ class Shape:
 
 SHAPES = (
     Shape("small clusters", 96 << 10, filled=((0, 40), (100, 30))),
-    Shape("size not of clusters", (96 << 10) - 1536, "cluster_size=4096", ((3, 60),)),
+    Shape(
+        "size not of clusters",
+        (96 << 10) - 1536,
+        "cluster_size=4096",
+        ((3, 120),),
+        zeroed=((24, 80),),
+    ),
     Shape("snapshots", 96 << 10, filled=((0, 120),), snapshots=2),
     Shape("wide clusters", 256 << 10, "cluster_size=16384", ((10, 200),)),
     Shape("compressed", 96 << 10, "cluster_size=1024", ((0, 150),), compressed=True),
@@ -208,6 +216,9 @@ def make(shape: Shape, folder: Path) -> Files:
             piece.write_bytes(contents[first * SECTOR : (first + count) * SECTOR])
             command = f"write -s {piece} {first * SECTOR} {count * SECTOR}"
             _run("qemu-io", "-f", "qcow2", "-c", command, image)
+    for first, count in shape.zeroed:
+        command = f"write -z {first * SECTOR} {count * SECTOR}"
+        _run("qemu-io", "-f", "qcow2", "-c", command, image)
     for number in range(shape.snapshots):
         _run("qemu-img", "snapshot", "-c", f"s{number}", image)
         # So that the snapshots differ.
@@ -287,11 +298,15 @@ class Guest:
             first = first // per_cluster * per_cluster
         count = min(count, sectors - first)
         kind = rnd.choices(
-            ["write", "zero", "allocate", "discard", "unmap", "flush", "sync"],
-            [50, 8, 3 if self.allocates else 0, 12, 6, 6, 9],
+            ["write", "zero", "allocate", "discard", "unmap", "flush", "sync", "forget"],
+            [50, 8, 3 if self.allocates else 0, 12, 6, 6, 9, 6],
         )[0]
         image, start, length = self.image, first * SECTOR, count * SECTOR
-        if kind == "flush":
+        if kind == "forget":
+            # A cache may forget what is clean at any time.
+            image._cache.young.clear()
+            image._cache._old.clear()
+        elif kind == "flush":
             await image.flush()
         elif kind == "sync":
             began = next(self.history.clock)

@@ -13,13 +13,14 @@ import trio.testing
 
 from imagofs.access import FormatAccess
 from imagofs.format.qcow2.driver import Qcow2
-from imagofs.storage.base import Storage
+from imagofs.storage.base import Storage, StorageOpenOptions
+from imagofs.storage.file import FileStorage
 from imagofs.storage.memory import MemoryStorage
 from imagofs.vectors import split_views, total_length
 from tests.support.qcow2_oracle import check, read_disk
 from tests.support.storages import Log, SlowStorage, WrappedStorage
 from tests.trust import crash
-from tests.trust.history import SECTOR, History, Sync, run_repeatably
+from tests.trust.history import SECTOR, History, run_repeatably
 
 SEED = int(os.environ.get("IMAGOFS_CONCURRENCY_SEED", "0")) or random.randrange(1, 1 << 30)
 TASKS = 64
@@ -79,11 +80,6 @@ class Tasks:
     def __init__(self, shape: crash.Shape, files: crash.Files, seed: int, cancel: bool) -> None:
         self.shape, self.files, self.seed, self.cancel = shape, files, seed, cancel
         self.atomic = not cancel and files.data is None
-        rnd = random.Random(seed)
-        self.storage = MemoryStorage(files.image)
-        self.data = None if files.data is None else MemoryStorage(files.data)
-        self.slow = MoodySlowStorage(self.storage, rnd)
-        self.slow_data = None if self.data is None else MoodySlowStorage(self.data, rnd)
         initial = bytes(read_disk(files.image, data=files.data, backing=files.backing))
         self.history = History(initial, Log().clock)
 
@@ -110,9 +106,31 @@ class Tasks:
             await image.read(buffer, first * SECTOR)
         self.history.note_read(first, buffer, began, atomic=self.atomic)
 
-    async def run(self) -> None:
-        """Everything, then what is left behind."""
-        image = await crash.open_files(self.slow, self.slow_data, self.files, writable=True)
+    async def run_in_memory(self) -> None:
+        """On storages that take a time of their own for everything."""
+        rnd = random.Random(self.seed)
+        storage = MemoryStorage(self.files.image)
+        data = None if self.files.data is None else MemoryStorage(self.files.data)
+        slow_data = None if data is None else MoodySlowStorage(data, rnd)
+        await self.run(MoodySlowStorage(storage, rnd), slow_data)
+        self.judge(storage.to_bytes(), None if data is None else bytearray(data.to_bytes()))
+
+    async def run_on_files(self, folder: Path, direct: bool) -> None:
+        """On files, with what the page cache answers at once and with threads."""
+        paths = [folder / "image", folder / "data"]
+        storages = []
+        for path, contents in zip(paths, (self.files.image, self.files.data), strict=True):
+            if contents is not None:
+                path.write_bytes(contents)
+                options = StorageOpenOptions(writable=True, direct=direct)
+                storages.append(await FileStorage.open(path, options))
+        await self.run(storages[0], storages[1] if len(storages) > 1 else None)
+        data = None if self.files.data is None else bytearray(paths[1].read_bytes())
+        self.judge(paths[0].read_bytes(), data)
+
+    async def run(self, storage: Storage, data: Storage | None) -> None:
+        """All tasks."""
+        image = await crash.open_files(storage, data, self.files, writable=True)
         guest = crash.Guest(image, self.shape, self.history, self.files)
         guest.allocates = not self.atomic
         async with trio.open_nursery() as nursery:
@@ -122,14 +140,15 @@ class Tasks:
         whole = bytearray(self.shape.size)
         began = next(self.history.clock)
         await image.read(whole, 0)
-        self.history.note_read(0, whole, began)
+        self.history.note_read(0, whole, began, atomic=self.atomic)
         await image.close()
-        self.history.syncs.append(Sync(began, next(self.history.clock)))
-        contents = self.storage.to_bytes()
-        data = None if self.data is None else bytearray(self.data.to_bytes())
+        self.disk = bytes(whole)
+
+    def judge(self, contents: bytes, data: bytearray | None) -> None:
+        """What is left behind."""
         allowed = self.history.allowed(powered=True)
         assert crash.judge(self.files, contents, data, allowed) == 0, check(contents)
-        assert read_disk(contents, data=data, backing=self.files.backing) == whole
+        assert read_disk(contents, data=data, backing=self.files.backing) == self.disk
 
 
 @pytest.mark.parametrize("cancel", [False, True], ids=["", "cancelled"])
@@ -137,7 +156,19 @@ class Tasks:
 def test_reads_find_what_a_disk_may_show(shape: crash.Shape, cancel: bool, tmp_path: Path) -> None:
     print(f"IMAGOFS_CONCURRENCY_SEED={SEED}")
     tasks = Tasks(shape, crash.make(shape, tmp_path), SEED, cancel)
-    run_repeatably(tasks.run, seed=SEED)
+    run_repeatably(tasks.run_in_memory, seed=SEED)
+
+
+FILE_SHAPES = ("size not of clusters", "snapshots", "compressed, snapshot", "backing", "data file")
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["", "direct"])
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in FILE_SHAPES], ids=FILE_SHAPES)
+async def test_the_same_on_files(shape: crash.Shape, direct: bool, tmp_path: Path) -> None:
+    print(f"IMAGOFS_CONCURRENCY_SEED={SEED}")
+    tasks = Tasks(shape, crash.make(shape, tmp_path), SEED, cancel=False)
+    tasks.atomic = False  # a write to a file may be seen in part before it is done
+    await tasks.run_on_files(tmp_path, direct)
 
 
 async def test_no_host_cluster_is_reused_under_a_read(tmp_path: Path) -> None:
