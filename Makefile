@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash bench compare lint format typecheck setup clean distclean
+.PHONY: help demo test pytest crash bench compare lint format typecheck man setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -68,6 +68,10 @@ format: setup
 typecheck: ## mypy --strict
 typecheck: setup
 	$(PY) -m mypy --strict
+
+man: ## build the manual pages in build/share/man
+man: setup
+	.venv/bin/imagofs install-manual --prefix build
 
 clean: ## remove caches and builds
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -11,12 +11,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from typing import Any, ClassVar, Final, NoReturn
 
 from .. import __version__
 from ..errors import ImagofsError
 
-__all__ = ["Parser", "main", "report"]
+__all__ = ["Parser", "main", "parser_of", "report"]
 
 #: Verb to what it does, in a few words.
 VERBS: Final = {
@@ -32,6 +32,8 @@ VERBS: Final = {
     "loop": "attach a loop device to a mounted disk, with its partitions",
     "install-helpers": "let mount(8) and /etc/fstab know imagofs",
     "install-units": "let systemd know imagofs",
+    "install-manual": "install the manual pages",
+    "completion": "print what makes a shell complete imagofs' words",
 }
 
 #: What mount(8) and umount(8) call, through the helpers that `install-helpers` writes.
@@ -48,12 +50,41 @@ files, as one flat raw file.
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose complaint is one line.
+
+    Attributes:
+        found: While it is a list, parsers are put there instead of being used: for the manual.
+    """
+
+    found: ClassVar[list[argparse.ArgumentParser] | None] = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, unless only the parser itself was asked for."""
+        if Parser.found is not None:
+            Parser.found.append(self)
+            raise _ParserFound
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit with 2."""
         report(f"{message} (see '{self.prog} --help')")
         sys.exit(2)
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The parser of a verb, to read what it takes."""
+    Parser.found = []
+    try:
+        importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").main([])
+    except _ParserFound:
+        pass
+    finally:
+        found, Parser.found = Parser.found, None
+    return found[0]
+
+
+class _ParserFound(Exception):
+    """Ends a verb that was only asked for its parser."""
 
 
 def report(message: str) -> None:
