@@ -18,7 +18,7 @@ from imagofs.storage.file import FileStorage
 from imagofs.storage.memory import MemoryStorage
 from imagofs.vectors import split_views, total_length
 from tests.support.qcow2_oracle import check, read_disk
-from tests.support.storages import Log, SlowStorage, WrappedStorage
+from tests.support.storages import Log, WrappedStorage
 from tests.trust import crash
 from tests.trust.history import SECTOR, History, run_repeatably
 
@@ -169,47 +169,3 @@ async def test_the_same_on_files(shape: crash.Shape, direct: bool, tmp_path: Pat
     tasks = Tasks(shape, crash.make(shape, tmp_path), SEED, cancel=False)
     tasks.atomic = False  # a write to a file may be seen in part before it is done
     await tasks.run_on_files(tmp_path, direct)
-
-
-async def test_no_host_cluster_is_reused_under_a_read(tmp_path: Path) -> None:
-    """A read that has looked its cluster up and then sleeps, while the cluster is discarded,
-    flushed, and would be free for another write."""
-    shape = crash.Shape("", 64 << 10, "cluster_size=512", ((0, 100),))
-    files = crash.make(shape, tmp_path)
-    gate = trio.Event()
-    arrived = trio.Event()
-
-    class Gated(SlowStorage):
-        held = False
-
-        async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
-            if self.held:
-                self.held = False
-                arrived.set()
-                await gate.wait()
-            await super().pure_readv(views, offset)
-
-    memory = MemoryStorage(files.image)
-    storage = Gated(memory)
-    image = await crash.open_files(storage, None, files, writable=True)
-    await image.read(bytearray(512), 1024)  # the tables are in memory now
-    buffer = bytearray(512)
-    async with trio.open_nursery() as nursery:
-        storage.held = True
-        nursery.start_soon(image.read, buffer, 512)
-        await arrived.wait()
-        await image.discard_to_zero(512, 512)
-        nursery.start_soon(image.sync)
-        for start in range(200, 240):
-            await image.write(b"\7" * 512, start * 256)
-        await trio.testing.wait_all_tasks_blocked()
-        assert buffer == bytes(512)
-        gate.set()
-    assert buffer == files_sector(files, 1)
-    await image.close()
-    assert not check(memory.to_bytes()).leaked
-
-
-def files_sector(files: crash.Files, sector: int) -> bytes:
-    """A sector of the disk as it was made."""
-    return bytes(read_disk(files.image)[sector * SECTOR : (sector + 1) * SECTOR])
