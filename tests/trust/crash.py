@@ -135,6 +135,14 @@ SHAPES = (
         backing=300 << 10,
     ),
     Shape("data file", 96 << 10, "cluster_size=512", ((20, 60),), data_file=True),
+    Shape(
+        "data file, backing",
+        96 << 10,
+        "cluster_size=1024",
+        ((20, 120),),
+        backing=80 << 10,
+        data_file=True,
+    ),
     Shape("raw data file", (96 << 10) - 512, "cluster_size=1024,data_file_raw=on", data_file=True),
     Shape("concurrent", 96 << 10, filled=((0, 60),), concurrent=6, operations=120),
     Shape(

@@ -120,6 +120,7 @@ async def test_no_host_cluster_is_reused_under_a_read(files: crash.Files) -> Non
         await storage.arrived.wait()
         await image.discard_to_zero(SECTOR, SECTOR)
         nursery.start_soon(image.sync)
+        await trio.testing.wait_all_tasks_blocked()
         for sector in range(102, 122):
             await image.write(b"\7" * SECTOR, sector * SECTOR)
         await trio.testing.wait_all_tasks_blocked()
