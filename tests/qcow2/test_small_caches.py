@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import trio
 
 from imagofs.access import FormatAccess
 from imagofs.caching import MetadataCache
@@ -128,3 +129,35 @@ async def test_free_clusters_that_many_blocks_count(tmp_path: Path) -> None:
         storage.readv_nowait([memoryview(count)], index * PER_BLOCK * CLUSTER + 2000)
         assert count == b"\0\1"
     await image.close()
+
+
+async def test_a_disk_of_millions_of_tables_leaves_turns_to_others() -> None:
+    """None of the tables exists, so there is nothing to wait for."""
+    bits, entries = 21, 4 << 20
+    cluster = 1 << bits
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQII",
+        *(b"QFI\xfb", 3, 0, 0, bits, entries << 2 * bits - 3, 0),
+        *(entries, 4 * cluster, cluster, 1, 0, 0, 0, 0, 0, 4, 104),
+    )
+    storage = MemoryStorage(64 * cluster)
+    storage.writev_nowait([memoryview(header)], 0)
+    put(storage, cluster, 2 * cluster)
+    storage.writev_nowait([memoryview(b"\0\1" * 20)], 2 * cluster)
+    image = await open_small(storage, writable=True)
+    turns = 0
+    async with trio.open_nursery() as nursery:
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(count)
+        await image.discard_to_zero(5, image.size() - 5)
+        await image.write_zeroes(0, image.size())
+        nursery.cancel_scope.cancel()
+    assert turns > 100
+    await image.close()
+    assert storage.allocated_bytes() < 1 << 20

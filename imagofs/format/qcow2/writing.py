@@ -19,9 +19,10 @@ import trio
 
 from ...errors import CorruptImageError
 from ...mapping import IndirectMapping, RawMapping, SpecialMapping, ZeroMapping
-from ...vectors import fill_views, split_views, total_length
+from ...vectors import fill_views, split_views, total_length, zero_views
 from ..base import DiscardTo
 from .bitmaps import mark_bitmaps_in_use
+from .entries import OFFSET_MASK
 from .header import KNOWN_AUTOCLEAR
 from .l2 import Missing
 from .planning import Plan, Planner, Source, WriteInstead
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Writer"]
 
 _DIRTY_LIMIT = 8 << 20  # bytes of changed tables that wait for a flush
-_ZEROES = memoryview(bytes(1 << 16))
+_TABLES_PER_TURN = 1 << 14
 _LARGEST_COPY = 4 << 20  # bytes that are copied in one go to make a mapping writable
 
 
@@ -230,7 +231,7 @@ class Writer:
             elif piece.source is Source.OLD:
                 buffers = [old[piece.guest_offset]]
             else:
-                buffers = _zeroes(piece.length)
+                buffers = zero_views(piece.length)
             if piece.host_offset == following:
                 writes[-1][1].extend(buffers)
             else:
@@ -338,9 +339,10 @@ class Writer:
         end = guest_offset + length
         while guest_offset < end:
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not everywhere and self._is_untouched(guest_offset):
-                # No L2 table and nothing below: it reads as zero and takes no space.
-                guest_offset = self._table_end(guest_offset)
+            untouched_end = guest_offset if everywhere else self._untouched_end(guest_offset, end)
+            if untouched_end > guest_offset:
+                guest_offset = untouched_end
+                await trio.lowlevel.checkpoint()
                 continue
             stop = min(end, self._slice_end(guest_offset))
             async with self._driver.locks.hold(*self._clusters(guest_offset, stop)):
@@ -349,12 +351,19 @@ class Writer:
                 await change(guest_offset, stop)
             guest_offset = stop
 
-    def _is_untouched(self, guest_offset: int) -> bool:
-        backing = self._driver.backing
-        return not self._l2.table_offset(guest_offset) and (
-            backing is None
-            or guest_offset >> self._l2.l1_bits << self._l2.l1_bits >= backing.size()
-        )
+    def _untouched_end(self, guest_offset: int, end: int) -> int:
+        """Up to where there is no L2 table and nothing below: it reads as zero, takes no space.
+
+        A disk may have millions of tables: a turn for other tasks comes after some thousand.
+        """
+        l2, backing = self._l2, self._driver.backing
+        first = guest_offset >> l2.l1_bits
+        if backing is not None and first << l2.l1_bits < backing.size():
+            return guest_offset
+        index, last = first, min((end - 1 >> l2.l1_bits) + 1, first + _TABLES_PER_TURN)
+        while index < last and not l2.l1[index] & OFFSET_MASK:
+            index += 1
+        return max(guest_offset, index << l2.l1_bits)
 
     async def _zero(self, start: int, stop: int) -> None:
         """Make a range within one slice read as zero."""
@@ -483,13 +492,3 @@ class Writer:
     def _slice_end(self, guest_offset: int) -> int:
         bits = self._l2.slice_bits
         return (guest_offset >> bits) + 1 << bits
-
-    def _table_end(self, guest_offset: int) -> int:
-        bits = self._l2.l1_bits
-        return (guest_offset >> bits) + 1 << bits
-
-
-def _zeroes(length: int) -> list[memoryview]:
-    """Buffers of zeroes, `length` bytes together."""
-    whole, rest = divmod(length, _ZEROES.nbytes)
-    return [_ZEROES] * whole + ([_ZEROES[:rest]] if rest else [])
