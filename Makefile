@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash bench compare lint format typecheck man setup clean distclean
+.PHONY: help demo test pytest crash mutants bench compare lint format typecheck man setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -41,6 +41,10 @@ pytest: setup
 crash: ## try what power cuts leave of images: 100,000 of them, CRASH="--seed 7 --images 1000000"
 crash: setup
 	$(PY) -m tests.trust.crash $(CRASH)
+
+mutants: ## break the code in many ways and see that the tests notice, MUTANTS="snapshot"
+mutants: setup
+	$(PY) -m tests.trust.mutants $(MUTANTS)
 
 bench: ## measure parsing, mapping, access and mounts; writes bench.json and bench.md
 bench: setup
