@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...errors import FormatError
+from ...errors import FormatError, UnsupportedError
 from ...opening import FROM_HEADER, FromHeader
 from ...storage.base import Storage
 from .bitmaps import read_bitmaps
@@ -15,6 +15,7 @@ from .driver import Qcow2
 from .entries import OFFSET_MASK, from_big_endian
 from .header import MAX_CLUSTER_BITS, Header, parse_header
 from .metadata import Metadata
+from .own import MOST_BITS, MOST_IN_A_SET, OwnClusters
 from .rebuilding import rebuild_refcounts
 from .snapshots import find_snapshot, read_snapshots
 
@@ -111,7 +112,7 @@ async def load(
             backing = opened_backing
         metadata = Metadata(storage, data_storage, header, l1, reftable, context.cache)
         if writable:
-            metadata.own.update(await _own_clusters(storage, header, l1, reftable))
+            await _enter_own_clusters(metadata.own, storage, header, l1, reftable)
         return Qcow2(
             metadata,
             size=size,
@@ -139,40 +140,33 @@ def _check_writable(storage: Storage, header: Header, snapshot: str | None) -> N
         )
 
 
-async def _own_clusters(
-    storage: Storage, header: Header, l1: array[int], reftable: array[int]
-) -> set[int]:
-    """Host clusters that hold metadata.
+async def _enter_own_clusters(
+    own: OwnClusters, storage: Storage, header: Header, l1: array[int], reftable: array[int]
+) -> None:
+    """Enter the host clusters that hold metadata into `own`.
 
     Raises:
         FormatError: A table cannot be where its entry says, or lies over another one: writing
             would make it worse.
+        UnsupportedError: There are too many tables in too long a file to keep all in mind.
     """
     bits, end = header.cluster_bits, storage.size()
-    own = {0}
+
+    def wrong(what: str, offset: int) -> FormatError:
+        return FormatError(
+            f"the {what} at {offset:#x} is misplaced or lies over other metadata; open the image "
+            f"read-only, or run imagofs check",
+            filename=storage.filename,
+        )
 
     def add(what: str, offset: int, length: int) -> None:
         clusters = range(offset >> bits, offset + length + header.cluster_size - 1 >> bits)
-        if (
-            offset & header.cluster_size - 1
-            or offset + length > end
-            or not own.isdisjoint(clusters)
-        ):
-            raise FormatError(
-                f"the {what} at {offset:#x} is misplaced or lies over other metadata; open the "
-                f"image read-only, or run imagofs check",
-                filename=storage.filename,
-            )
-        own.update(clusters)
+        if offset & header.cluster_size - 1 or offset + length > end or own.overlaps(clusters):
+            raise wrong(what, offset)
+        own.add_range(clusters)
 
     add("L1 table", header.l1_offset, header.l1_entries * 8)
     add("refcount table", header.reftable_offset, header.reftable_clusters << bits)
-    for index, entry in enumerate(reftable):
-        if entry:
-            add(f"refcount block {index}", entry, header.cluster_size)
-    for index, entry in enumerate(l1):
-        if entry & OFFSET_MASK:
-            add(f"L2 table {index}", entry & OFFSET_MASK, header.cluster_size)
     snapshots = await read_snapshots(storage, header)
     if snapshots:
         # The file may end before the padding of the last entry does.
@@ -184,7 +178,25 @@ async def _own_clusters(
         add("bitmap directory", header.bitmaps.directory_offset, header.bitmaps.directory_size)
     for bitmap in await read_bitmaps(storage, header):
         add(f"table of bitmap {bitmap.name!r}", bitmap.table_offset, bitmap.table_entries * 8)
-    return own
+
+    # Single clusters last, so that no range needs to be compared with millions of them.
+    tables = len(l1) - l1.count(0) + len(reftable) - reftable.count(0)
+    if tables > MOST_IN_A_SET and end >> bits > MOST_BITS:
+        raise UnsupportedError(
+            f"{tables} tables in a file of {end} bytes are too many to write to; open the image "
+            f"read-only, or convert it to larger clusters",
+            filename=storage.filename,
+        )
+    mask, last = header.cluster_size - 1, end - header.cluster_size
+    for what, entries in (("refcount block", reftable), ("L2 table", l1)):
+        offset_mask = OFFSET_MASK if entries is l1 else -1
+        for index, entry in enumerate(entries):
+            offset = entry & offset_mask
+            if offset:
+                cluster = offset >> bits
+                if offset & mask or offset > last or cluster in own:
+                    raise wrong(f"{what} {index}", offset)
+                own.add(cluster)
 
 
 async def _data_storage(

@@ -38,6 +38,7 @@ from .entries import to_big_endian
 from .epochs import IoEpochs
 from .header import FIELDS_OFFSET, MAX_REFTABLE_BYTES, Header
 from .l2 import L2Tables, with_tables
+from .own import OwnClusters
 from .refcounts import Refcounts
 
 __all__ = ["Metadata", "stretches"]
@@ -90,9 +91,9 @@ class Metadata:
         self.data_storage = data_storage
         self.header = header
         self.l2 = L2Tables(storage, header, l1, cache)
-        #: Host clusters that hold metadata: guest data there is never written. Empty where the
+        #: Host clusters that hold metadata: guest data there is never written. Not filled where the
         #: image is only read.
-        self.own: set[int] = set()
+        self.own = OwnClusters()
         self.refcounts = Refcounts(storage, header, reftable, cache, self.own)
         self.epochs = IoEpochs()
         self._flushing = trio.Lock()
@@ -422,7 +423,7 @@ class Metadata:
             new_blocks[old_entries + number] = refcounts.full_block(
                 used - (number << refcounts.block_bits)
             )
-        if any(cluster >= first for cluster in self.own):
+        if self.own.reach(first):
             raise refcounts.uncounted_metadata()
         for index, block in new_blocks.items():
             await self.write(table[index], refcounts.encoded_block(block))
@@ -436,8 +437,9 @@ class Metadata:
         )
         # No await: from here on the file is read through the new table.
         refcounts.use_table(table, new_blocks, first + used)
-        self.own.difference_update(range(old_first, old_first + old_clusters))
-        self.own.update(range(first, first + used))
+        self.own.remove_range(range(old_first, old_first + old_clusters))
+        self.own.add_range(range(first, first + blocks))
+        self.own.add_range(range(first + blocks, first + used))
         # The next flush syncs before it frees anything.
         refcounts.dropped.update(range(old_first, old_first + old_clusters))
 

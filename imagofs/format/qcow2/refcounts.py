@@ -27,6 +27,7 @@ from .entries import (
 )
 from .header import Header
 from .l2 import Missing
+from .own import OwnClusters
 
 __all__ = ["HostRun", "Refcounts", "TableFull"]
 
@@ -76,7 +77,7 @@ class Refcounts:
         header: Header,
         table: array[int],
         cache: MetadataCache,
-        own: set[int],
+        own: OwnClusters,
     ) -> None:
         self._storage = storage
         self._own = own
@@ -304,7 +305,7 @@ class Refcounts:
         index = first >> self.block_bits
         if not self.table[index] and index << self.block_bits in self._own:
             return True
-        return not self._own.isdisjoint(range(first, first + count))
+        return self._own.overlaps(range(first, first + count))
 
     def allocate_run(self, number: int) -> HostRun | None:
         """Take `number` host clusters behind each other; each gets the count 1.

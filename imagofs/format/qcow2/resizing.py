@@ -282,7 +282,7 @@ async def _grow_l1_table(metadata: Metadata, entries: int) -> None:
         return
     clusters = entries * 8 + header.cluster_size - 1 >> bits
     first = await _allocate_run(metadata, clusters)
-    metadata.own.update(range(first, first + clusters))
+    metadata.own.add_range(range(first, first + clusters))
     try:
         async with metadata.settled():
             old = range(header.l1_offset >> bits, (header.l1_offset >> bits) + header.l1_clusters)
@@ -294,10 +294,10 @@ async def _grow_l1_table(metadata: Metadata, entries: int) -> None:
             await _switch_l1_table(metadata, first << bits, entries)
     except BaseException:
         if metadata.header.l1_offset != first << bits:
-            metadata.own.difference_update(range(first, first + clusters))
+            metadata.own.remove_range(range(first, first + clusters))
             metadata.refcounts.give_back([(first, clusters)])
         raise
-    metadata.own.difference_update(old)
+    metadata.own.remove_range(old)
     metadata.refcounts.dropped.update(old)
 
 
@@ -354,7 +354,7 @@ async def _make_area(metadata: Metadata, clusters: int) -> int | None:
         for number in range(blocks)
     }
     refcounts.add_blocks(new_blocks, start, start + used)
-    metadata.own.update(range(start, start + blocks))
+    metadata.own.add_range(range(start, start + blocks))
     encoded = b"".join(map(refcounts.encoded_block, new_blocks.values()))
     entries = array("Q", [start + number << bits for number in range(blocks)])
     try:
