@@ -191,7 +191,8 @@ def booted(folder: Path, units: dict[str, str]) -> Iterator[Machine]:
     group = _cgroup2() / f"imagofs-test-{os.getpid()}"
     group.mkdir()
     unshare = "unshare --fork --kill-child --pid --mount --propagation private --cgroup --uts --ipc"
-    join = f'echo $$ >"{group}/cgroup.procs"; exec {unshare} bash -c "$BOOT"'
+    die = "setpriv --pdeathsig KILL"  # also when this process is killed
+    join = f'echo $$ >"{group}/cgroup.procs"; exec {die} {unshare} bash -c "$BOOT"'
     with (folder / "boot.log").open("w+") as log:
         process = subprocess.Popen(
             ["bash", "-euc", join],

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,61 @@ def test_sigusr1_logs_the_statistics(new_image: NewImage, places: tuple[Path, Pa
 
 def _is_empty(group: Path) -> bool:
     return not (group / "cgroup.procs").read_text()
+
+
+@contextmanager
+def memory_limit(megabytes: int) -> Iterator[Path]:
+    """A cgroup whose processes get no more memory than this."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        kind, _, options = fields[fields.index("-") + 1 :][:3]
+        controllers = Path(fields[4], "cgroup.controllers")
+        if kind == "cgroup" and "memory" in options.split(","):
+            folder, limit = Path(fields[4]), "memory.limit_in_bytes"
+        elif kind == "cgroup2" and "memory" in controllers.read_text().split():
+            folder, limit = Path(fields[4]), "memory.max"
+            with suppress(OSError):
+                (folder / "cgroup.subtree_control").write_text("+memory")
+        else:
+            continue
+        group = folder / f"imagofs-test-memory-{os.getpid()}"
+        group.mkdir()
+        try:
+            (group / limit).write_text(str(megabytes << 20))
+            yield group
+        finally:
+            wait_until(partial(_is_empty, group))
+            group.rmdir()
+        return
+    pytest.skip("no cgroup file system here has the memory controller")
+
+
+def test_memory_pressure(new_image: NewImage, places: tuple[Path, Path]) -> None:
+    """A writer whose little memory is all dirty waits for the daemon, which is not in its limit."""
+    image = new_image("160M", "disk.qcow2")
+    point, files = places
+    with (
+        memory_limit(32) as group,
+        daemon(image, point, "rw") as process,
+        ext4_on_loop(point / "disk.raw", files) as device,
+    ):
+        script = (
+            f"echo $$ >{group}/cgroup.procs; exec dd if=/dev/zero of={files}/big bs=1M count=96"
+        )
+        writer = subprocess.Popen(["sh", "-c", f"{script} conv=fsync status=none"])
+        try:
+            assert writer.wait(timeout=60) == 0
+        finally:
+            if writer.poll() is None:
+                mounts.sever(str(point))  # whoever waits for the disk gets an error
+                writer.wait()
+        assert (files / "big").stat().st_size == 96 << 20
+        qemu.run("umount", files)
+        qemu.run("losetup", "-d", device)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0, log
+    qemu.check(image)
 
 
 def test_the_next_mount_has_the_same_number(
