@@ -225,3 +225,26 @@ async def test_a_mapping_to_overwrite_takes_away_only_what_it_covers(new_image) 
     await image.close()
     qemu.check(path)
     assert qemu.contents(path) == contents
+
+
+async def test_clusters_of_a_block_that_a_shrink_took_away(new_image) -> None:
+    """They were seen freed one by one, and are in a range without a block now."""
+    size = 1 << 20
+    path = new_image(size, cluster_size=512, writes=["write -q -P 1 0 300k"])
+    image = await writable(path)
+    contents = bytearray(b"\1" * (300 << 10)).ljust(size, b"\0")
+    await image.write(b"\2" * 512, 500 << 10)  # all before it counts as taken
+    await image.resize(40 << 10)
+    await image.flush()
+    size = 600 << 10
+    await image.resize(size)
+    contents = bytearray(contents[: 40 << 10]).ljust(size, b"\0")
+    for start in range(40 << 10, 500 << 10, 7 << 10):
+        await image.write(b"\3" * 5000, start)
+        contents[start : start + 5000] = b"\3" * 5000
+    found = bytearray(size)
+    await image.read(found, 0)
+    assert found == contents
+    await image.close()
+    assert_sound(path, contents)
+    assert path.stat().st_size < 700 << 10

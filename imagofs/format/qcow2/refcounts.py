@@ -225,10 +225,15 @@ class Refcounts:
             for blocks in (self.blocks, self.writing):
                 blocks.pop(index, None)
             self._cache.drop(self._namespace + index)
+            self._alive.pop(index, None)
             self.dirty_sectors.pop(index, None)
             self._own.discard(cluster)
             if cluster >> self.block_bits != index:
                 self.dropped[cluster] += 1
+            # What they counted is free, but in a range that has no block any more.
+            first = index << self.block_bits
+            self._cursor = min(self._cursor, first)
+            self._free = [run for run in self._free if run[0] < first]
 
     def encoded_block(self, block: array[int]) -> bytes:
         """A whole block as the file has it."""
