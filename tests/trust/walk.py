@@ -263,7 +263,7 @@ class Walk:
                 self.sync,
                 self.resize,
             ],
-            [25, 40, 6, 4, 6, 4, 5, 3, 3, 3, 1.5],
+            [25, 40, 6, 4, 6, 4, 5, 3, 3, 3, 4],
         )[0]
         self.done.append(f"{step.__name__} {start:#x} {length:#x}")
         await step(image, start, length)
