@@ -69,6 +69,7 @@ class Shape:
         cancels: Some of what they do is cancelled.
         operations: Length of the workload.
         grows: The refcount table must grow.
+        largest: Bytes up to which the disk is resized; 0: it never is.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Shape:
     cancels: bool = False
     operations: int = 60
     grows: bool = False
+    largest: int = 0
 
     @property
     def cluster(self) -> int:
@@ -173,6 +175,16 @@ SHAPES = (
         concurrent=5,
         cancels=True,
         operations=100,
+    ),
+    # Behind 2 MiB the L1 table needs another cluster.
+    Shape("resized", 1900 << 10, filled=((20, 60), (3000, 100)), largest=2200 << 10),
+    Shape(
+        "resized, backing",
+        60 << 10,
+        "cluster_size=4096",
+        ((3, 60),),
+        backing=100 << 10,
+        largest=120 << 10,
     ),
     # Nearly all of what the refcount table can count is in use.
     Shape(
@@ -292,13 +304,14 @@ class Guest:
         self.shape = shape
         self.history = history
         self.files = files
+        self.size = shape.size
         self.sequence = itertools.count(10)
         #: Whether it writes zeroes that keep their host space.
         self.allocates = True
 
     async def step(self, rnd: random.Random) -> None:
         """Do one thing."""
-        sectors = self.shape.size // SECTOR
+        sectors = self.size // SECTOR
         per_cluster = self.shape.cluster // SECTOR
         first = rnd.randrange(sectors)
         count = rnd.choice([1, 2, per_cluster, rnd.randrange(1, 3 * per_cluster + 8)])
@@ -306,14 +319,16 @@ class Guest:
             first = first // per_cluster * per_cluster
         count = min(count, sectors - first)
         kind = rnd.choices(
-            ["write", "zero", "allocate", "discard", "unmap", "flush", "sync", "forget"],
-            [50, 8, 3 if self.allocates else 0, 12, 6, 6, 9, 6],
+            ["write", "zero", "allocate", "discard", "unmap", "flush", "sync", "forget", "resize"],
+            [50, 8, 3 * self.allocates, 12, 6, 6, 9, 6, 9 * bool(self.shape.largest)],
         )[0]
         image, start, length = self.image, first * SECTOR, count * SECTOR
         if kind == "forget":
             # A cache may forget what is clean at any time.
             image._cache.young.clear()
             image._cache._old.clear()
+        elif kind == "resize":
+            await self.resize(rnd.randrange(1, self.shape.largest // SECTOR) * SECTOR)
         elif kind == "flush":
             await image.flush()
         elif kind == "sync":
@@ -348,6 +363,20 @@ class Guest:
         buffers = [data[:cut], data[cut:]] if cut else [data]
         await self._do(values, lambda: self.image.writev(buffers, first * SECTOR))
 
+    async def resize(self, size: int) -> None:
+        """Make the disk larger or smaller."""
+        if size < self.size:
+            # What is cut off may show the layer below until the size is written.
+            below = self.files.backing.ljust(self.size, b"\0")
+            values = {
+                sector: below[sector * SECTOR : (sector + 1) * SECTOR]
+                for sector in range(size // SECTOR, self.size // SECTOR)
+            }
+        else:
+            values = self._zeroes(self.size // SECTOR, (size - self.size) // SECTOR)
+        await self._do(values, lambda: self.image.resize(size))
+        self.size = size
+
     async def _do(
         self,
         values: dict[int, bytes],
@@ -371,9 +400,9 @@ class Guest:
         per_cluster = self.shape.cluster // SECTOR
         end = first + count
         first = -(-first // per_cluster) * per_cluster
-        if end != self.shape.size // SECTOR:
+        if end != self.size // SECTOR:
             end = end // per_cluster * per_cluster
-        below = self.files.backing.ljust(self.shape.size, b"\0")
+        below = self.files.backing.ljust(self.size, b"\0")
         return {
             sector: below[sector * SECTOR : (sector + 1) * SECTOR] for sector in range(first, end)
         }
@@ -394,7 +423,7 @@ async def run_workload(shape: Shape, files: Files, seed: int) -> Trace:
     data = None if files.data is None else recorded(files.data, "data")
     image = await open_files(storage, data, files, writable=True)
     initial = bytes(read_disk(files.image, data=files.data, backing=files.backing))
-    history = History(initial, log.clock)
+    history = History(initial.ljust(shape.largest, b"\0"), log.clock)
     guest = Guest(image, shape, history, files)
 
     async def work(number: int) -> None:
@@ -552,7 +581,7 @@ def judge(
 
 
 def _judge_disk(disk: bytes, allowed: list[set[bytes]]) -> None:
-    for sector, values in enumerate(allowed):
+    for sector, values in zip(range(len(disk) // SECTOR), allowed, strict=False):
         contents = disk[sector * SECTOR : (sector + 1) * SECTOR]
         if contents not in values:
             expected = ", ".join(sorted(describe(value) for value in values))
