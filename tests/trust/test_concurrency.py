@@ -26,7 +26,7 @@ SEED = int(os.environ.get("IMAGOFS_CONCURRENCY_SEED", "0")) or random.randrange(
 TASKS = 64
 STEPS = int(os.environ.get("IMAGOFS_CONCURRENCY_STEPS", "6"))
 
-SHAPES = {shape.name: shape for shape in crash.SHAPES if not shape.grows}
+SHAPES = {shape.name: shape for shape in crash.SHAPES if not (shape.grows or shape.largest)}
 
 
 class MoodySlowStorage(WrappedStorage):
