@@ -234,12 +234,14 @@ class _Daemon:
                         log.info("%s: mounted %s (%s)", self.point, self.image, what)
                         self.notifier.tell(READY="1", STATUS=f"mounted {self.image} ({what})")
 
-                    await session.serve(announce)
+                    def give_up_name() -> None:
+                        if control is not None:
+                            control.stop_listening()
+
+                    await session.serve(announce, give_up_name)
                     nursery.cancel_scope.cancel()
             finally:
                 try:
-                    if control is not None:
-                        control.stop_listening()
                     lost = await self._finish(access)
                 finally:
                     if self.options.metrics is not None:

@@ -183,11 +183,15 @@ class Session:
 
     # --- serving ------------------------------------------------------------------------------
 
-    async def serve(self, ready: Callable[[], None]) -> None:
+    async def serve(
+        self, ready: Callable[[], None], ended: Callable[[], None] = lambda: None
+    ) -> None:
         """Answer requests until the mount has ended.
 
         Args:
             ready: Called once the mount answers.
+            ended: Called once nothing more comes, before anything is asked of any mount: a mount
+                that got this one's number may be waiting for what `ended` gives up.
         """
         self._ready = ready
         self._token = trio.lowlevel.current_trio_token()
@@ -200,6 +204,7 @@ class Session:
                     nursery.start_soon(pyfuse3.main)
                     nursery.start_soon(self.channel.pass_replies)
                     await self.channel.serve()
+                ended()
                 await self._leave()
                 if self.channel is not None:
                     pyfuse3.terminate()
