@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash mutants bench compare lint format typecheck man setup clean distclean
+.PHONY: help demo test pytest crash faults mutants bench compare lint format typecheck man setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -13,8 +13,10 @@ ARGS ?=
 # The tests mount, attach loop devices and make users. Without being root they go through sudo, and
 # then leave no files of root's in the tree.
 ifeq ($(shell id -u),0)
+AS_ROOT := $(PY)
 PYTEST := $(PY) -m pytest
 else
+AS_ROOT := sudo env PYTHONDONTWRITEBYTECODE=1 $(PY)
 PYTEST := sudo env PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/imagofs-hypothesis \
 	$(PY) -m pytest -p no:cacheprovider
 endif
@@ -41,6 +43,10 @@ pytest: setup
 crash: ## try what power cuts leave of images: 100,000 of them, CRASH="--seed 7 --images 1000000"
 crash: setup
 	$(PY) -m tests.trust.crash $(CRASH)
+
+faults: ## let every call of workloads fail, and fill a disk, FAULTS="--seed 7 --rounds 5"
+faults: setup
+	$(AS_ROOT) -m tests.trust.faults $(FAULTS)
 
 mutants: ## break the code in many ways and see that the tests notice, MUTANTS="snapshot"
 mutants: setup

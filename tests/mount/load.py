@@ -63,6 +63,11 @@ class Mirror:
                     self.synced[entry[0] : entry[0] + len(entry[1])] = entry[1]
                     self._unsynced.remove(entry)
 
+    def doubt(self) -> None:
+        """A sync failed whose lost writes nobody tries again: no later sync covers them."""
+        with self._lock:
+            self._unsynced = [(offset, data, False) for offset, data, _ in self._unsynced]
+
     def check_after_crash(self, found: bytes) -> None:
         """Each byte is what a sync covered, or what a later write put there."""
         assert len(found) == len(self.synced)

@@ -219,6 +219,8 @@ class FaultyStorage(WrappedStorage):
         forever: Whether the calls after it fail too.
         partial: Whether a failing write has written its first half.
         error: The errno.
+        tear: A first half is a multiple of this, in bytes.
+        failed: The kinds of the calls that failed, in order.
     """
 
     def __init__(
@@ -230,6 +232,7 @@ class FaultyStorage(WrappedStorage):
         error: int = errno.EIO,
         forever: bool = False,
         partial: bool = False,
+        tear: int = 1,
     ) -> None:
         super().__init__(inner)
         self.calls: Counter[str] = Counter()
@@ -238,6 +241,8 @@ class FaultyStorage(WrappedStorage):
         self.error = error
         self.forever = forever
         self.partial = partial
+        self.tear = tear
+        self.failed: list[str] = []
 
     def fail_next(self, kind: str, *, error: int | None = None, forever: bool = False) -> None:
         """Let the next call of `kind` fail, and with `forever` all after it."""
@@ -253,6 +258,7 @@ class FaultyStorage(WrappedStorage):
         return count == self.nth or (self.forever and count > self.nth)
 
     def _fault(self, kind: str) -> StorageError:
+        self.failed.append(kind)
         fault = OSError(self.error, "injected fault")
         return StorageError.of(kind, fault, self.filename)
 
@@ -267,7 +273,7 @@ class FaultyStorage(WrappedStorage):
     async def pure_writev(self, views: Sequence[memoryview], offset: int) -> None:
         if self._fails("write"):
             if self.partial:
-                unit = self.request_alignment
+                unit = max(self.request_alignment, self.tear)
                 half = (total_length(views) // 2) // unit * unit
                 if half:
                     await super().pure_writev(split_views(list(views), half)[0], offset)
