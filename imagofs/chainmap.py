@@ -17,7 +17,7 @@ from .format.qcow2.driver import Qcow2
 from .format.qcow2.status import cluster_run, is_preallocated
 from .format.raw import Raw
 from .format.vmdk import Vmdk
-from .mapping import RawMapping, SpecialMapping, ZeroMapping
+from .mapping import EofMapping, RawMapping, SpecialMapping, ZeroMapping
 
 if TYPE_CHECKING:
     from .access import FormatAccess
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ChainMap", "MapEntry"]
 
 _LOOKUPS_PER_TURN = 256
+_SECTOR = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class ChainMap:
             present = status.data or status.zero
             zero = status.zero
             below = layer.backing
-            if not present and (below is None or guest_offset >= below.size()):
+            if not present and (below is None or guest_offset >= _size_below(below.driver)):
                 zero = True
             if present or zero or not follow:
                 filename = status.storage.filename if status.storage is not None else None
@@ -166,6 +167,10 @@ class ChainMap:
                 return _Status(mapping.length, data=True, compressed=True)
             case ZeroMapping():
                 return _Status(mapping.length, zero=mapping.explicit)
+            case EofMapping() if isinstance(layer, Raw):
+                length = min(max_length, _size_below(layer) - guest_offset)
+                offset = guest_offset + layer.offset
+                return _Status(length, zero=True, storage=layer.storages[0], offset=offset)
         return _Status(mapping.length)
 
     async def _qcow2_status(self, layer: Qcow2, guest_offset: int, max_length: int) -> _Status:
@@ -183,6 +188,12 @@ class ChainMap:
         if layer not in self._preallocated:
             self._preallocated[layer] = await is_preallocated(layer)
         return await _with_holes(status) if self._preallocated[layer] else status
+
+
+def _size_below(layer: FormatDriver) -> int:
+    """The size of a layer below the top, as qemu counts it: a raw file's in whole sectors."""
+    size = layer.size()
+    return size + -size % _SECTOR if isinstance(layer, Raw) else size
 
 
 async def _with_holes(status: _Status, *, hole_is_data: bool = True) -> _Status:

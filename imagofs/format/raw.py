@@ -43,7 +43,8 @@ class Raw(FormatDriver):
                 filename=storage.filename,
             )
         self._storage = storage
-        self._offset = offset
+        #: Where the disk begins in the storage, in bytes.
+        self.offset = offset
         self._size = size
         self._locks = RangeLocks()
         self.writable = storage.writable
@@ -101,7 +102,7 @@ class Raw(FormatDriver):
         await create_image(image, "raw", size, **options)
 
     def size(self) -> int:
-        return self._storage.size() - self._offset if self._size is None else self._size
+        return self._storage.size() - self.offset if self._size is None else self._size
 
     @property
     def storages(self) -> tuple[Storage, ...]:
@@ -110,13 +111,13 @@ class Raw(FormatDriver):
     def entry_at(self, guest_offset: int) -> int:
         if not self.granularity:
             return MIXED
-        return guest_offset + self._offset | (IN_PLACE if self.writable else 0)
+        return guest_offset + self.offset | (IN_PLACE if self.writable else 0)
 
     async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:
         length = min(max_length, self.size() - guest_offset)
         if length <= 0:
             return EofMapping()
-        return RawMapping(length, self._storage, guest_offset + self._offset, self.writable)
+        return RawMapping(length, self._storage, guest_offset + self.offset, self.writable)
 
     def can_write_nowait(self, guest_offset: int, length: int) -> bool:
         return self._locks.is_free(guest_offset, guest_offset + length)
@@ -124,34 +125,34 @@ class Raw(FormatDriver):
     async def writev(self, views: Sequence[memoryview], guest_offset: int) -> None:
         length = sum(view.nbytes for view in views)
         async with self._locks.hold(guest_offset, guest_offset + length):
-            await self._storage.writev(views, guest_offset + self._offset)
+            await self._storage.writev(views, guest_offset + self.offset)
 
     async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool = False) -> None:
         async with self._locks.hold(guest_offset, guest_offset + length):
             if allocate:
-                await self._storage.write_allocated_zeroes(guest_offset + self._offset, length)
+                await self._storage.write_allocated_zeroes(guest_offset + self.offset, length)
             else:
-                await self._storage.write_zeroes(guest_offset + self._offset, length)
+                await self._storage.write_zeroes(guest_offset + self.offset, length)
 
     async def discard(self, guest_offset: int, length: int, to: DiscardTo) -> None:
         if to is DiscardTo.ZERO:
             await self.write_zeroes(guest_offset, length)
         elif to is DiscardTo.ANY:
             async with self._locks.hold(guest_offset, guest_offset + length):
-                await self._storage.discard(guest_offset + self._offset, length)
+                await self._storage.discard(guest_offset + self.offset, length)
         else:
             raise UnsupportedError("a raw image has no layer below", filename=self.filename)
 
     async def ensure_data_mapping(
         self, guest_offset: int, length: int, *, overwrite: bool
     ) -> RawMapping:
-        return RawMapping(length, self._storage, guest_offset + self._offset, writable=True)
+        return RawMapping(length, self._storage, guest_offset + self.offset, writable=True)
 
     async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
         if self._size is not None:
             raise UnsupportedError("a window of a file has a fixed size", filename=self.filename)
         mode = PreallocateMode.ZERO if preallocate is PreallocateMode.NONE else preallocate
-        await self._storage.resize(size + self._offset, mode)
+        await self._storage.resize(size + self.offset, mode)
 
     async def flush(self) -> None:
         await self._storage.flush()

@@ -27,6 +27,7 @@ from imagofs.chainmap import ChainMap
 from imagofs.cli import main
 from imagofs.cli.picture import draw
 from tests import qemu
+from tests.support.qemu_map import map_like_qemu, our_map
 
 GATE = PermissiveImplicitOpenGate()
 WRITES = [
@@ -62,38 +63,21 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def ours(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
-    assert main(["map", "--json", *words]) == 0
-    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def compare(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
-    found = ours(capsys, *words)
-    expected = json.loads(qemu.qemu_img("map", "--output=json", *words))
-    comparable = [
-        {key: entry[key] for key in entry if key in expected[0] or key == "offset"}
-        for entry in found
-    ]
-    assert comparable == expected
-    return found
-
-
 @pytest.mark.parametrize("name", IMAGES)
-def test_agrees_with_qemu_img(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_agrees_with_qemu_img(name: str) -> None:
     options = IMAGES[name]
     image = qemu.create(Path("image"), "2M", writes=WRITES, **options)
-    compare(capsys, "-f", options.get("fmt", "qcow2"), "image")
-    compare(capsys, "-f", "raw", "image")
+    map_like_qemu("-f", options.get("fmt", "qcow2"), "image")
+    map_like_qemu("-f", "raw", "image")
     if name != "raw" and "data_file" not in options:
         qemu.qemu_img("snapshot", "-c", "one", image)
         qemu.qemu_io(image, "write -P 5 0 1k", "discard 700k 64k")
-        compare(capsys, "image")
+        map_like_qemu("image")
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if "metadata" not in name])
 @pytest.mark.parametrize("size", ["1000k", "2M", "5M"])
-def test_chains(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chains(name: str, size: str) -> None:
     """A raw base with holes, a layer of small clusters, and the image: each of another size."""
     qemu.create(
         Path("base"), "1200k", fmt="raw", writes=["write -P 8 100k 40k", "write -P 9 1M 4k"]
@@ -111,7 +95,7 @@ def test_chains(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> Non
         options = {"compat": "0.10", "cluster_size": "32k"}
     writes = [write for write in WRITES if size != "1000k" or "1500k" not in write]
     qemu.create(Path("image"), size, backing="middle", writes=writes, **options)
-    found = compare(capsys, "image")
+    found = map_like_qemu("image")
     if options.get("cluster_size") != "2M":  # one cluster, the image's own
         assert {entry["depth"] for entry in found} == {0, 1, 2}
 
@@ -122,7 +106,7 @@ def test_compressed(capsys: pytest.CaptureFixture[str]) -> None:
         image = f"image{index}"
         options = f"compression_type={kind}"
         qemu.qemu_img(*("convert", "-c", "-O", "qcow2", "-o", options, "source", image))
-        found = compare(capsys, image)
+        found = map_like_qemu(image)
         assert {entry["compressed"] for entry in found} == {True, False}
         assert all("offset" not in entry for entry in found if entry["compressed"])
         assert main(["map", image]) == 0
@@ -131,20 +115,20 @@ def test_compressed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
-def test_disk_of_no_size(fmt: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_disk_of_no_size(fmt: str) -> None:
     qemu.create(Path("image"), 0, fmt=fmt)
-    assert len(compare(capsys, "-f", fmt, "image")) == 1
+    assert len(map_like_qemu("-f", fmt, "image")) == 1
 
 
 @pytest.mark.parametrize("subformat", ["monolithicSparse", "monolithicFlat", "streamOptimized"])
-def test_vmdk(subformat: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vmdk(subformat: str) -> None:
     with open("source", "wb") as file:
         file.truncate(3 << 20)
         file.seek(1 << 20)
         file.write(random.Random(1).randbytes(300000))
     option = f"subformat={subformat}"
     qemu.qemu_img("convert", "-O", "vmdk", "-o", option, "source", "image.vmdk")
-    compare(capsys, "image.vmdk")
+    map_like_qemu("image.vmdk")
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,9 +145,9 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
             assert mine[3] == os.path.abspath(theirs[3])
 
 
-def test_size_that_is_no_multiple_of_a_sector(capsys: pytest.CaptureFixture[str]) -> None:
+def test_size_that_is_no_multiple_of_a_sector() -> None:
     Path("image").write_bytes(b"x" * 1001)
-    assert sum(entry["length"] for entry in ours(capsys, "image")) == 1001
+    assert sum(entry["length"] for entry in our_map("image")) == 1001
 
 
 def test_an_image_in_use(capsys: pytest.CaptureFixture[str]) -> None:

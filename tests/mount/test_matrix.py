@@ -1,4 +1,4 @@
-"""What the mounted file shows is what qemu-img converts, for every kind of image."""
+"""What is shown of every kind of image is what qemu-img shows: contents, facts, and the map."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from tests import qemu
 from tests.mount.matrix import MATRIX
 from tests.mount.mounting import MountImage, imagofs
+from tests.support.qemu_map import map_like_qemu
 
 
 def test_the_matrix_is_large_enough() -> None:
@@ -39,6 +40,8 @@ def test_reads_as_qemu_img_converts(name: str, tmp_path: Path, mount: MountImage
             assert -(-ours[key] // 512) * 512 == facts[key]
         else:
             assert ours.get(key) == facts.get(key), key
+    size = ours["virtual-size"]
+    map_like_qemu("-f", fmt, image, size=size if size % 512 else None)
 
     mounted = mount(image)
     shown = mounted.file.read_bytes()
