@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 
 import trio
 
+from .arguments import check_size, check_type, path_of
 from .errors import (
     ChainError,
     ImagofsError,
@@ -99,6 +100,7 @@ async def create_image(
         ChainError: The backing file is the file to be made, or cannot be opened.
         LockedError: A file to overwrite is in use.
         StorageError: A file exists (without `overwrite`), or the system refuses.
+        WrongTypeError: An argument of another type.
     """
     if format == "qcow2":
         await create_qcow2(image, size, **options)
@@ -126,8 +128,8 @@ async def create_qcow2(
     used: dict[tuple[int, int], str] = {}
     try:
         # First without the size, so that nothing is opened for what cannot be.
-        if size is not None and size < 0:
-            raise OutOfRangeError(f"a disk of {size} bytes")
+        check_size("the size of the disk", 0 if size is None else size)
+        check_type("the mode", mode, int)
         parameters = Parameters(size=_round_up(size or 0), **chosen)
         parameters.check()
         _check_name(parameters.data_file)
@@ -180,6 +182,8 @@ async def _create_raw(
     mode = options.pop("mode", 0o666)
     options.pop("gate", None)
     name = _name(image)
+    check_type("the mode", mode, int)
+    check_type("the preallocation", preallocate, PreallocateMode)
     if options:
         raise UnsupportedError(
             f"a raw image has no {', '.join(options).replace('_', ' ')}", filename=name
@@ -188,8 +192,9 @@ async def _create_raw(
         raise UnsupportedError(
             "a raw image has no metadata to preallocate; use falloc or full", filename=name
         )
-    if size is None or size < 0:
+    if size is None:
         raise OutOfRangeError("the size of the disk is needed", filename=name)
+    check_size("the size of the disk", size)
     size = _round_up(size)
     async with _made(image, overwrite, mode) as storage:
         if isinstance(storage, FileStorage) and storage.is_block_device:
@@ -207,7 +212,7 @@ async def _create_raw(
 
 
 def _name(image: str | os.PathLike[str] | Storage) -> str | None:
-    return image.filename if isinstance(image, Storage) else os.path.abspath(os.fspath(image))
+    return image.filename if isinstance(image, Storage) else os.path.abspath(path_of(image))
 
 
 def _round_up(size: int) -> int:

@@ -259,10 +259,7 @@ class _Daemon:
         if options.deny:
             gate = gates.DenyImplicitOpenGate()
         elif options.allow:
-            try:
-                gate = gates.AllowDirectories(options.allow)
-            except OSError as error:
-                raise StorageError.of("allow this directory", error, error.filename) from error
+            gate = gates.AllowDirectories(options.allow)
         if options.overlay is not None:
             from .overlaying import open_with_overlay
 

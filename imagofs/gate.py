@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import GateDeniedError
+from .arguments import check_type, path_of
+from .errors import GateDeniedError, StorageError, WrongTypeError
 
 __all__ = [
     "AllowDirectories",
@@ -101,11 +102,15 @@ class AllowDirectories(ImplicitOpenGate):
         directories: The directories; they must exist.
 
     Raises:
-        FileNotFoundError: One of them does not exist.
+        StorageError: One of them does not exist, or cannot be looked at.
+        WrongTypeError: They are no paths, or one path instead of several.
     """
 
     def __init__(self, directories: Iterable[str | os.PathLike[str]]) -> None:
-        self.directories = tuple(os.path.realpath(path, strict=True) for path in directories)
+        if isinstance(directories, str | os.PathLike):
+            raise WrongTypeError(f"give a list of directories, not {directories!r}")
+        check_type("what holds the directories", directories, Iterable)
+        self.directories = tuple(map(_real_directory, directories))
 
     def check(self, request: ImplicitOpenRequest) -> None:
         """Let the file pass if it lies below one of the directories.
@@ -119,6 +124,13 @@ class AllowDirectories(ImplicitOpenGate):
                 f"not below {', '.join(self.directories)}",
                 filename=request.image,
             )
+
+
+def _real_directory(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.path.realpath(path_of(path), strict=True)
+    except OSError as error:
+        raise StorageError.of("allow this directory", error, path_of(path)) from error
 
 
 def _is_below(path: str, directory: str) -> bool:

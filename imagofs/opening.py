@@ -14,22 +14,26 @@ import logging
 import os
 import re
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import trio
 
+from .arguments import check_size, check_type, path_of
 from .caching import MetadataCache
 from .errors import (
     ChainError,
     FormatError,
     GateDeniedError,
     ImagofsError,
+    ReadOnlyError,
     UnsupportedError,
     WrongTypeError,
 )
 from .format import FORMATS, PROBE_BYTES, probe_format
 from .gate import ImplicitOpenGate, ImplicitOpenRequest, Role
 from .inflating import InflatedCache
+from .storage.annotated import AnnotatedStorage
 from .storage.base import Storage, StorageOpenOptions
 from .storage.file import FileStorage
 
@@ -106,10 +110,15 @@ class OpenContext:
         """A new chain's context; None stands for each default.
 
         Raises:
-            WrongTypeError: `gate` is no gate.
+            WrongTypeError: An argument of another type.
+            OutOfRangeError: A cache of less than no bytes.
         """
-        if gate is not None and not isinstance(gate, ImplicitOpenGate):
-            raise WrongTypeError(f"{gate!r} is no ImplicitOpenGate")
+        check_type("the gate", gate, ImplicitOpenGate, NoneType)
+        check_type("storage_options", options, StorageOpenOptions, NoneType)
+        if lock not in (True, False, "auto"):
+            raise WrongTypeError(f"lock is True, False or 'auto', not {lock!r}")
+        check_size("metadata_bytes", 0 if metadata_bytes is None else metadata_bytes)
+        check_size("inflated_bytes", 0 if inflated_bytes is None else inflated_bytes)
         return cls(
             gate=gate or _NoGate(),
             options=options or StorageOpenOptions(),
@@ -247,25 +256,24 @@ async def open_image(
         ChainError: Something that it refers to cannot be opened.
         GateDeniedError: The gate refuses a file.
         LockedError: Another process uses a file in a way that excludes this.
+        ReadOnlyError: It should be writable, and the storage is open read-only.
         StorageError: The file cannot be opened or read.
-        WrongTypeError: `image` is no path and no storage, or `gate` no gate.
+        WrongTypeError: An argument of another type: `image` is no path and no storage, say.
     """
     context = OpenContext.of(
         gate=gate,
-        options=replace(storage_options or StorageOpenOptions(), writable=writable),
+        options=storage_options,
         lock=lock,
         metadata_bytes=metadata_bytes,
         inflated_bytes=inflated_bytes,
     )
+    check_type("the snapshot", snapshot, str, NoneType)
     if format is not None and format not in FORMATS:
         raise UnsupportedError(
             f"the format {format!r} is not known; known are {', '.join(FORMATS)}",
             filename=None if isinstance(image, Storage) else _path(image),
         )
-    if isinstance(image, Storage):
-        storage = image
-    else:
-        storage = await _open_file(_path(image), context.options, lock)
+    storage = await open_storage(image, writable=writable, options=context.options, lock=lock)
     try:
         return await _open_layer(storage, context, format, writable=writable, snapshot=snapshot)
     except BaseException:
@@ -280,17 +288,27 @@ async def open_storage(
     options: StorageOpenOptions | None = None,
     lock: Locking = False,
 ) -> Storage:
-    """A path as a storage; a storage is passed through."""
+    """A path as a storage; a storage is passed through, locked if that is asked for.
+
+    Raises:
+        As `open_image`. A storage is closed then.
+    """
     if isinstance(image, Storage):
+        try:
+            if writable and not image.writable:
+                raise ReadOnlyError("the storage is open read-only", filename=image.filename)
+            _lock(image, writable, lock)
+        except BaseException:
+            await _close(image)
+            raise
         return image
     options = replace(options or StorageOpenOptions(), writable=writable)
     return await _open_file(_path(image), options, lock)
 
 
 def _path(image: str | os.PathLike[str]) -> str:
-    if not isinstance(image, str | os.PathLike):
-        raise WrongTypeError(f"{image!r} is no path and no storage")
-    return os.fspath(image)
+    check_type("the image", image, str, os.PathLike, Storage)
+    return path_of(image)
 
 
 async def _open_file(
@@ -298,22 +316,28 @@ async def _open_file(
 ) -> FileStorage:
     """Open a file; with `where`, only if that is its path without symbolic links."""
     storage = await FileStorage.open(path, options)
-    # A gate has judged `where`: a symbolic link may have been put into that path since.
-    if where is not None and os.readlink(f"/proc/self/fd/{storage.fileno()}") != where:
+    try:
+        # A gate has judged `where`: a symbolic link may have been put into that path since.
+        if where is not None and os.readlink(f"/proc/self/fd/{storage.fileno()}") != where:
+            raise ChainError("it was replaced while it was opened", filename=path)
+        _lock(storage, options.writable, lock)
+    except BaseException:
         await _close(storage)
-        raise ChainError("it was replaced while it was opened", filename=path)
-    if lock:
-        try:
-            storage.lock(writable=options.writable)
-        except UnsupportedError as error:
-            if lock != "auto":
-                await _close(storage)
-                raise
-            log.warning("%s; going on without locks (lock=off says so beforehand)", error)
-        except BaseException:
-            await _close(storage)
-            raise
+        raise
     return storage
+
+
+def _lock(storage: Storage, writable: bool, lock: Locking) -> None:
+    """Take qemu's locks on a storage's file, if it has one and that is asked for."""
+    file = _file_of(storage)
+    if file is None or not lock:
+        return
+    try:
+        file.lock(writable=writable)
+    except UnsupportedError as error:
+        if lock != "auto":
+            raise
+        log.warning("%s; going on without locks (lock=off says so beforehand)", error)
 
 
 async def _open_layer(
@@ -349,7 +373,15 @@ async def _close(storage: Storage) -> None:
 
 def _identity(storage: Storage) -> frozenset[tuple[int, int]]:
     """Device and inode of a storage's file; empty for what is no file."""
-    if isinstance(storage, FileStorage):
-        status = os.fstat(storage.fileno())
-        return frozenset({(status.st_dev, status.st_ino)})
-    return frozenset()
+    file = _file_of(storage)
+    if file is None:
+        return frozenset()
+    status = os.fstat(file.fileno())
+    return frozenset({(status.st_dev, status.st_ino)})
+
+
+def _file_of(storage: Storage) -> FileStorage | None:
+    """The file that a storage is, tagged or not."""
+    while isinstance(storage, AnnotatedStorage):
+        storage = storage.inner
+    return storage if isinstance(storage, FileStorage) else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Self
 
+from .arguments import check_type
 from .errors import OutOfRangeError, WrongTypeError
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class IoVector:
         buffers: Objects with the buffer protocol; empty ones are left out.
 
     Raises:
-        WrongTypeError: One of them has no buffer protocol, or is not contiguous.
+        WrongTypeError: One of them has no buffer protocol, or is not contiguous; or they are no
+            iterable.
     """
 
     __slots__ = ("views",)
@@ -105,6 +107,7 @@ class IoVector:
     views: list[memoryview]
 
     def __init__(self, buffers: Iterable[Buffer] = ()) -> None:
+        check_type("what holds the buffers", buffers, Iterable)
         self.views = [view for view in map(self._view, buffers) if view.nbytes]
 
     @staticmethod
@@ -145,7 +148,12 @@ class IoVector:
             self.views.insert(index, view)
 
     def append(self, other: IoVector) -> None:
-        """Append all buffers of `other`."""
+        """Append all buffers of `other`.
+
+        Raises:
+            WrongTypeError: `other` is no vector, or has a read-only buffer where this one must not.
+        """
+        check_type("what is appended", other, IoVector)
         self.views.extend(self._view(view) for view in other.views)
 
     def split_at(self, length: int) -> tuple[Self, Self]:
@@ -153,7 +161,9 @@ class IoVector:
 
         Raises:
             OutOfRangeError: `length` is negative or larger than the vector.
+            WrongTypeError: It is no int.
         """
+        check_type("the length", length, int)
         if not 0 <= length <= len(self):
             raise OutOfRangeError(f"cannot split a vector of {len(self)} bytes at {length}")
         head, tail = split_views(self.views, length)
@@ -220,7 +230,9 @@ class IoVectorMut(IoVector):
 
         Raises:
             OutOfRangeError: `value` is not one of 0 to 255.
+            WrongTypeError: It is no int.
         """
+        check_type("the value", value, int)
         if value not in range(256):
             raise OutOfRangeError(f"{value!r} is no byte")
         fill_views(self.views, value)

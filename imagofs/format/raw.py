@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ..errors import OutOfRangeError, UnsupportedError
+from ..arguments import check_type
+from ..errors import OutOfRangeError, ReadOnlyError, UnsupportedError
 from ..gate import ImplicitOpenGate
 from ..mapping import EofMapping, RawMapping, ShallowMapping
 from ..storage.base import PreallocateMode, Storage, StorageOpenOptions
@@ -15,7 +17,7 @@ from .base import IN_PLACE, MIXED, DiscardTo, FormatDriver
 
 if TYPE_CHECKING:
     from ..creating import CreateOptions
-    from ..opening import OpenContext
+    from ..opening import Locking, OpenContext
 
 __all__ = ["Raw", "open_raw"]
 
@@ -27,15 +29,30 @@ class Raw(FormatDriver):
         storage: Where the bytes are.
         offset: Where the window begins in the storage, in bytes.
         size: Bytes of the window; None: up to the storage's end, however that moves.
+        writable: Whether it may be written; None: as the storage.
 
     Raises:
         OutOfRangeError: The window does not lie in the storage.
+        ReadOnlyError: It should be writable, and the storage is not.
+        WrongTypeError: No storage, or offset and size are no ints.
     """
 
     format_name = "raw"
 
-    def __init__(self, storage: Storage, *, offset: int = 0, size: int | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        writable: bool | None = None,
+    ) -> None:
         super().__init__()
+        check_type("the storage", storage, Storage)
+        check_type("the offset", offset, int)
+        check_type("the size", size, int, NoneType)
+        if writable and not storage.writable:
+            raise ReadOnlyError("the storage is open read-only", filename=storage.filename)
         end = storage.size()
         if offset < 0 or offset > end or (size is not None and not 0 <= size <= end - offset):
             raise OutOfRangeError(
@@ -47,7 +64,7 @@ class Raw(FormatDriver):
         self.offset = offset
         self._size = size
         self._locks = RangeLocks()
-        self.writable = storage.writable
+        self.writable = storage.writable if writable is None else writable
         self.data_storages = (storage,)
         if offset % storage.zero_alignment == 0:
             self.zero_granularity = storage.zero_alignment
@@ -62,20 +79,25 @@ class Raw(FormatDriver):
         writable: bool = False,
         storage_options: StorageOpenOptions | None = None,
         gate: ImplicitOpenGate | None = None,
+        lock: Locking = False,
         offset: int = 0,
         size: int | None = None,
     ) -> Raw:
         """Open a file, or take a storage, as a raw image. The gate is never asked.
 
         Raises:
-            StorageError: The file cannot be opened.
+            LockedError: Another process uses the file in a way that excludes this.
             OutOfRangeError: The window does not lie in the storage.
+            ReadOnlyError: It should be writable, and the storage is not.
+            StorageError: The file cannot be opened.
+            WrongTypeError: An argument of another type.
         """
-        from ..opening import open_storage
+        from ..opening import OpenContext, open_storage
 
-        storage = await open_storage(image, writable=writable, options=storage_options)
+        options = OpenContext.of(gate=gate, options=storage_options, lock=lock).options
+        storage = await open_storage(image, writable=writable, options=options, lock=lock)
         try:
-            return cls(storage, offset=offset, size=size)
+            return cls(storage, offset=offset, size=size, writable=writable)
         except BaseException:
             await storage.close()
             raise
@@ -177,4 +199,4 @@ async def open_raw(
     """Open the storage of a chain's layer as raw."""
     if snapshot is not None:
         raise UnsupportedError("a raw image has no snapshots", filename=storage.filename)
-    return Raw(storage)
+    return Raw(storage, writable=writable)

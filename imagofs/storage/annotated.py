@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from ..arguments import check_type
 from .base import PreallocateMode, Storage
+from .blockers import WriteBlockers
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ..vectors import IoVector
 
 __all__ = ["AnnotatedStorage"]
 
@@ -19,9 +26,13 @@ class AnnotatedStorage(Storage):
     Args:
         inner: The storage that does the work. Closing this closes it.
         tag: Anything.
+
+    Raises:
+        WrongTypeError: `inner` is no storage.
     """
 
     def __init__(self, inner: Storage, tag: Any) -> None:
+        check_type("the inner storage", inner, Storage)
         self.inner = inner
         self.tag = tag
         self.memory_alignment = inner.memory_alignment
@@ -54,13 +65,17 @@ class AnnotatedStorage(Storage):
     # The public methods are passed on as well: unaligned writes through both objects then wait for
     # each other.
 
-    async def readv(self, views: Sequence[memoryview], offset: int) -> None:
-        """See `Storage.readv`."""
-        await self.inner.readv(views, offset)
+    def write_blockers(self) -> WriteBlockers:
+        """See `Storage.write_blockers`."""
+        return self.inner.write_blockers()
 
-    async def writev(self, views: Sequence[memoryview], offset: int) -> None:
+    async def readv(self, buffers: Iterable[Buffer] | IoVector, offset: int) -> None:
+        """See `Storage.readv`."""
+        await self.inner.readv(buffers, offset)
+
+    async def writev(self, buffers: Iterable[Buffer] | IoVector, offset: int) -> None:
         """See `Storage.writev`."""
-        await self.inner.writev(views, offset)
+        await self.inner.writev(buffers, offset)
 
     async def write_zeroes(self, offset: int, length: int) -> None:
         """See `Storage.write_zeroes`."""

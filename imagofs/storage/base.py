@@ -134,7 +134,9 @@ class Storage(ABC):
             ClosedError: The storage was closed.
             OutOfRangeError: `offset` is negative, or not below `size()`.
             StorageError: The system refused.
+            WrongTypeError: `offset` is no int.
         """
+        _check_types(offset, 0)
         size = self.size()
         if self.closed or not 0 <= offset < size:
             self._refuse(offset)
@@ -234,17 +236,22 @@ class Storage(ABC):
 
     # --- what everybody calls -----------------------------------------------------------------
 
-    async def readv(self, views: Sequence[memoryview], offset: int) -> None:
-        """Fill the flat `views` with the bytes from `offset` on. Any alignment.
+    async def readv(self, buffers: Iterable[Buffer] | IoVector, offset: int) -> None:
+        """Fill `buffers`, one after the other, with the bytes from `offset` on. Any alignment.
 
-        Bytes past the end read as zero. A read that failed or was cancelled leaves `views` with
-        undefined contents.
+        Bytes past the end read as zero. A read that failed or was cancelled leaves the buffers
+        with undefined contents.
 
         Raises:
             ClosedError: The storage was closed.
             OutOfRangeError: `offset` is negative or beyond what an offset can be.
             StorageError: The system refused, or the storage ends earlier than `size()` says.
+            WrongTypeError: They are no writable buffers, or `offset` no int.
         """
+        views = flat_views(buffers)
+        if any(view.readonly for view in views):
+            raise WrongTypeError("a read needs writable buffers", filename=self.filename)
+        _check_types(offset, 0)
         if self.closed or not 0 <= offset < MAX_OFFSET:
             self._refuse(offset)
         if self.request_alignment == 1 and self.memory_alignment == 1:
@@ -255,28 +262,12 @@ class Storage(ABC):
             await bounce.readv(self, views, offset)
 
     async def read(self, buffer: Buffer | IoVector | Iterable[Buffer], offset: int) -> None:
-        """Fill `buffer`, or several one after the other, as `readv` does.
-
-        Raises:
-            WrongTypeError: It is no writable buffer, or `offset` no int.
-            As `readv`.
-        """
-        views = flat_views(buffer)
-        if any(view.readonly for view in views):
-            raise WrongTypeError("a read needs writable buffers", filename=self.filename)
-        _check_types(offset, 0)
-        await self.readv(views, offset)
+        """Fill `buffer`, or several one after the other, as `readv` does, with its errors."""
+        await self.readv(flat_views(buffer), offset)
 
     async def write(self, buffer: Buffer | IoVector | Iterable[Buffer], offset: int) -> None:
-        """Write `buffer`, or several one after the other, as `writev` does.
-
-        Raises:
-            WrongTypeError: It is no buffer, or `offset` no int.
-            As `writev`.
-        """
-        views = flat_views(buffer)
-        _check_types(offset, 0)
-        await self.writev(views, offset)
+        """Write `buffer`, or several one after the other, as `writev` does, with its errors."""
+        await self.writev(flat_views(buffer), offset)
 
     async def read_table(self, length: int, offset: int) -> bytearray:
         """`length` bytes from `offset` on, in line if that needs no waiting: for metadata."""
@@ -286,8 +277,9 @@ class Storage(ABC):
             await self.readv([view], offset)
         return data
 
-    async def writev(self, views: Sequence[memoryview], offset: int) -> None:
-        """Write the flat `views` at `offset`. Any alignment; past the end the storage grows.
+    async def writev(self, buffers: Iterable[Buffer] | IoVector, offset: int) -> None:
+        """Write `buffers`, one after the other, at `offset`. Any alignment; past the end the
+        storage grows.
 
         A write that failed or was cancelled leaves in each sector the old or the new bytes, and
         writes no more when this returns.
@@ -298,7 +290,10 @@ class Storage(ABC):
             OutOfRangeError: `offset` is negative or beyond what an offset can be.
             SyncLostError: An earlier sync failed.
             StorageError: The system refused.
+            WrongTypeError: They are no buffers, or `offset` no int.
         """
+        views = flat_views(buffers)
+        _check_types(offset, 0)
         if self.closed or not self.writable or not 0 <= offset < MAX_OFFSET:
             self._refuse(offset, write=True)
         if self.request_alignment == 1 and self.memory_alignment == 1:

@@ -89,8 +89,9 @@ def adopt_descriptor(
             fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
     except StorageError:
         raise
-    except OSError as error:
-        raise StorageError.of("use the descriptor", error, filename) from error
+    except (OSError, ValueError, OverflowError) as error:  # the latter two for impossible numbers
+        reason = error if isinstance(error, OSError) else OSError(errno.EBADF, str(error))
+        raise StorageError.of("use the descriptor", reason, filename) from error
     return StorageOpenOptions(writable=options.writable, direct=direct)
 
 

@@ -19,6 +19,7 @@ from typing import Self, TypeVar, TypeVarTuple
 
 import trio
 
+from ..arguments import check_type, path_of
 from ..errors import (
     ClosedError,
     ImagofsError,
@@ -100,6 +101,7 @@ class FileStorage(InlineStorage):
         Raises:
             StorageError: It does not exist, is neither a file nor a block device, or the system
                 refuses it (with `direct`: the file system may not know O_DIRECT).
+            WrongTypeError: `path` is no path, or `options` are none.
         """
         return await trio.to_thread.run_sync(cls.open_now, path, options)
 
@@ -108,8 +110,9 @@ class FileStorage(InlineStorage):
         cls, path: str | os.PathLike[str], options: StorageOpenOptions | None = None
     ) -> Self:
         """`open` as a plain function, for where nothing else needs to run."""
-        options = options or StorageOpenOptions()
-        filename = os.path.abspath(os.fspath(path))
+        options = StorageOpenOptions() if options is None else options
+        check_type("the options", options, StorageOpenOptions)
+        filename = os.path.abspath(path_of(path))
         fd = open_descriptor(filename, options)
         try:
             return cls._of(fd, filename, options)
@@ -139,8 +142,10 @@ class FileStorage(InlineStorage):
         Raises:
             ReadOnlyError: It should be writable, and is not.
             StorageError: It is neither a file nor a block device open for reading.
+            WrongTypeError: `fd` is no int.
         """
-        name = None if filename is None else os.path.abspath(os.fspath(filename))
+        check_type("the descriptor", fd, int)
+        name = None if filename is None else os.path.abspath(path_of(filename))
         options = adopt_descriptor(fd, options, name)
         storage = cls._of(fd, name, options)
         os.set_inheritable(fd, False)
@@ -171,11 +176,15 @@ class FileStorage(InlineStorage):
             LockedError: The file to overwrite is in use.
             OutOfRangeError: The size is negative, or a block device has less.
             StorageError: It exists and `overwrite` is false, or the system refuses.
+            WrongTypeError: `path` is no path, `options` are none, or the size is no int.
         """
         from .create import create_file
 
-        filename = os.path.abspath(os.fspath(path))
-        options = options or StorageCreateOptions()
+        filename = os.path.abspath(path_of(path))
+        options = StorageCreateOptions() if options is None else options
+        check_type("the options", options, StorageCreateOptions)
+        check_type("the size", options.size, int)
+        check_type("the preallocation", options.preallocate, PreallocateMode)
         return await create_file(cls, filename, options)
 
     # --- facts --------------------------------------------------------------------------------

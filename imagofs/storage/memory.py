@@ -28,6 +28,7 @@ class MemoryStorage(Storage):
 
     Raises:
         OutOfRangeError: The size is negative or beyond what a storage can have.
+        WrongTypeError: `contents` is neither an int nor a buffer.
     """
 
     zero_alignment = 1

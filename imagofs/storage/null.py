@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..arguments import check_type
 from ..errors import OutOfRangeError
 from ..vectors import fill_views, total_length
 from .base import MAX_OFFSET, PreallocateMode, Storage
@@ -21,9 +22,11 @@ class NullStorage(Storage):
 
     Raises:
         OutOfRangeError: `size` is negative or beyond what a storage can have.
+        WrongTypeError: It is no int.
     """
 
     def __init__(self, size: int = 0) -> None:
+        check_type("the size", size, int)
         if not 0 <= size <= MAX_OFFSET:
             raise OutOfRangeError(f"a storage cannot have {size} bytes")
         self.writable = True

@@ -12,7 +12,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import NoneType
 
+from ...arguments import check_type
 from ...errors import OutOfRangeError, UnsupportedError
 from ...storage.base import PreallocateMode, Storage
 from ...storage.file import FileStorage
@@ -40,6 +42,24 @@ __all__ = ["Layout", "Parameters", "plan_layout", "write_image"]
 
 _SECTOR = 512
 _CHUNK = 1 << 20
+
+
+_NAME = (str, NoneType)
+#: Types that the values of `Parameters` may have.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "size": (int,),
+    "version": (int,),
+    "cluster_size": (int,),
+    "refcount_bits": (int,),
+    "backing_file": _NAME,
+    "backing_format": _NAME,
+    "data_file": _NAME,
+    "data_file_raw": (bool,),
+    "extended_l2": (bool,),
+    "compression_type": (str,),
+    "lazy_refcounts": (bool,),
+    "preallocate": (PreallocateMode,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +101,10 @@ class Parameters:
         Raises:
             OutOfRangeError: A value is none that the format has.
             UnsupportedError: Values contradict each other.
+            WrongTypeError: A value of another type.
         """
+        for field, kinds in _KINDS.items():
+            check_type(field, getattr(self, field), *kinds)
         self._check_values()
         if self.version < 3:
             self._check_version2()

@@ -51,7 +51,7 @@ from .metadata import Metadata
 if TYPE_CHECKING:
     from ...access import FormatAccess
     from ...creating import CreateOptions
-    from ...opening import OpenContext
+    from ...opening import Locking, OpenContext
     from .check_report import CheckResult
     from .check_scan import Progress
     from .writing import Writer
@@ -126,7 +126,7 @@ class Qcow2(FormatDriver):
         data_file: Storage | FromHeader = FROM_HEADER,
         storage_options: StorageOpenOptions | None = None,
         gate: ImplicitOpenGate | None = None,
-        lock: bool = False,
+        lock: Locking = False,
         snapshot: str | None = None,
     ) -> Qcow2:
         """Open a qcow2 image as a layer that can be put together with others.
@@ -136,10 +136,10 @@ class Qcow2(FormatDriver):
             writable: Open for writing.
             backing: The layer below: `FROM_HEADER` opens what the header names, None opens the
                 image as if it named none.
-            data_file: The external data file's storage where the image has one.
+            data_file: The storage of the external data file, if the image has one.
             storage_options: How files are opened; `writable` of it is not looked at.
             gate: Decides on what the image refers to.
-            lock: Take qemu's image locks.
+            lock: See `open_image`.
             snapshot: Name or ID of an internal snapshot to read.
 
         Raises:
@@ -148,12 +148,12 @@ class Qcow2(FormatDriver):
         from ...opening import OpenContext, open_storage
         from .loading import load
 
-        storage = await open_storage(image, writable=writable, options=storage_options, lock=lock)
-        context = OpenContext.of(gate=gate, options=storage_options, lock=lock).within(storage)
+        context = OpenContext.of(gate=gate, options=storage_options, lock=lock)
+        storage = await open_storage(image, writable=writable, options=context.options, lock=lock)
         try:
             return await load(
                 storage,
-                context=context,
+                context=context.within(storage),
                 writable=writable,
                 snapshot=snapshot,
                 backing=backing,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import trio
 
-from ...errors import FormatError, UnsupportedError
+from ...arguments import check_type
+from ...errors import FormatError, ReadOnlyError, UnsupportedError
 from ...opening import FROM_HEADER, FromHeader
 from ...storage.base import Storage
 from .bitmaps import read_bitmaps
@@ -78,6 +80,11 @@ async def load(
     Raises:
         As `open_image`.
     """
+    from ...access import FormatAccess
+
+    check_type("backing", backing, FormatAccess, FromHeader, NoneType)
+    check_type("data_file", data_file, Storage, FromHeader)
+    check_type("the snapshot", snapshot, str, NoneType)
     header = await read_header(storage)
     if writable:
         _check_writable(storage, header, snapshot)
@@ -206,10 +213,14 @@ async def _data_storage(
     data_file: Storage | FromHeader,
     writable: bool,
 ) -> Storage:
+    if not isinstance(data_file, FromHeader):
+        if not header.has_data_file:
+            raise UnsupportedError("the image has no external data file", filename=storage.filename)
+        if writable and not data_file.writable:
+            raise ReadOnlyError("the data file is open read-only", filename=data_file.filename)
+        return data_file
     if not header.has_data_file:
         return storage
-    if not isinstance(data_file, FromHeader):
-        return data_file
     if header.data_file is None:
         raise FormatError(
             "the image has an external data file but does not name it", filename=storage.filename

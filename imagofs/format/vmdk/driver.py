@@ -27,7 +27,7 @@ from ...mapping import (
     SpecialMapping,
     ZeroMapping,
 )
-from ...opening import FROM_HEADER, FromHeader
+from ...opening import FROM_HEADER, FromHeader, Locking
 from ...storage.base import PreallocateMode, Storage, StorageOpenOptions
 from ...storage.blockers import RangeLocks
 from ...vectors import split_views, total_length
@@ -115,6 +115,7 @@ class Vmdk(FormatDriver):
         backing: FormatAccess | FromHeader | None = FROM_HEADER,
         storage_options: StorageOpenOptions | None = None,
         gate: ImplicitOpenGate | None = None,
+        lock: Locking = False,
     ) -> Vmdk:
         """Open a VMDK: a descriptor, or a sparse extent.
 
@@ -125,6 +126,7 @@ class Vmdk(FormatDriver):
                 content ID is not checked.
             storage_options: How files are opened; `writable` of it is not looked at.
             gate: Decides on the extents and the parent; None: refuse with the way to allow them.
+            lock: See `open_image`.
 
         Raises:
             FormatError: Not a VMDK, truncated, or with fields that cannot be right.
@@ -136,7 +138,12 @@ class Vmdk(FormatDriver):
         from .open import open_path
 
         return await open_path(
-            image, writable=writable, backing=backing, options=storage_options, gate=gate
+            image,
+            writable=writable,
+            backing=backing,
+            options=storage_options,
+            gate=gate,
+            lock=lock,
         )
 
     # --- facts ----------------------------------------------------------------------------------

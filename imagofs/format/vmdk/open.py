@@ -6,16 +6,17 @@ Nothing is opened here but through an `Opener`: relative names, the gate and loo
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from types import NoneType
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from ...arguments import check_type
 from ...caching import MetadataCache
 from ...errors import ChainError, FormatError, ImagofsError, UnsupportedError
 from ...gate import ImplicitOpenGate
 from ...inflating import InflatedCache
-from ...opening import FROM_HEADER, FromHeader, OpenContext, open_storage
+from ...opening import FROM_HEADER, FromHeader, Locking, OpenContext, open_storage
 from ...storage.base import Storage, StorageOpenOptions
 from .descriptor import (
     MAX_DESCRIPTOR_BYTES,
@@ -79,11 +80,14 @@ async def open_path(
     backing: FormatAccess | FromHeader | None,
     options: StorageOpenOptions | None,
     gate: ImplicitOpenGate | None,
+    lock: Locking,
 ) -> Vmdk:
     """`Vmdk.open`."""
-    options = replace(options or StorageOpenOptions(), writable=writable)
-    storage = await open_storage(image, writable=writable, options=options)
-    context = OpenContext(options=options) if gate is None else OpenContext(gate, options)
+    from ...access import FormatAccess
+
+    check_type("backing", backing, FormatAccess, FromHeader, NoneType)
+    context = OpenContext.of(gate=gate, options=options, lock=lock)
+    storage = await open_storage(image, writable=writable, options=context.options, lock=lock)
     try:
         return await open_vmdk(
             storage,
