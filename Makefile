@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash faults mutants bench compare lint format typecheck man setup clean distclean
+.PHONY: help demo test pytest crash faults kill verify mutants bench compare lint format typecheck man setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -47,6 +47,14 @@ crash: setup
 faults: ## let every call of workloads fail, and fill a disk, FAULTS="--seed 7 --rounds 5"
 faults: setup
 	$(AS_ROOT) -m tests.trust.faults $(FAULTS)
+
+kill: ## kill -9 the daemon during random writes, KILL="--moments 100 --seed 7"
+kill: setup
+	$(AS_ROOT) -m tests.trust.kill $(KILL)
+
+verify: ## let fio verify mounts amid trims and zeroes, VERIFY="--megabytes 512 --seed 7"
+verify: setup
+	$(AS_ROOT) -m tests.trust.verify $(VERIFY)
 
 mutants: ## break the code in many ways and see that the tests notice, MUTANTS="snapshot"
 mutants: setup

@@ -16,12 +16,13 @@ from typing import Any
 TIMEOUT_SECONDS = 60.0
 
 
-def run(*argv: str | Path, ok: Iterable[int] = (0,)) -> str:
+def run(*argv: str | Path, ok: Iterable[int] = (0,), timeout: float = TIMEOUT_SECONDS) -> str:
     """Run a program to its end and return its standard output.
 
     Args:
         argv: The program and its arguments.
         ok: Exit codes that are no failure.
+        timeout: Seconds that it may take.
 
     Raises:
         AssertionError: It exited with another code; the message holds all that it printed.
@@ -33,7 +34,7 @@ def run(*argv: str | Path, ok: Iterable[int] = (0,)) -> str:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=TIMEOUT_SECONDS,
+        timeout=timeout,
     )
     if done.returncode not in ok:
         raise AssertionError(

@@ -27,6 +27,8 @@ class Mirror:
         self._unsynced: list[tuple[int, bytes, bool]] = []
         #: The contents that a sync covers.
         self.synced = bytearray(contents)
+        #: How many writes began, and how many syncs succeeded.
+        self.begun = self.syncs = 0
 
     def begin(self, offset: int, data: bytes) -> None:
         """Wait until no write in flight overlaps; enter this one."""
@@ -37,6 +39,7 @@ class Mirror:
             self._busy.append((offset, end))
             self.contents[offset:end] = data
             self._unsynced.append((offset, data, False))
+            self.begun += 1
 
     def fail(self, offset: int, data: bytes) -> None:
         """A write failed: nobody knows how much of it is there."""
@@ -58,6 +61,7 @@ class Mirror:
             covered = [entry for entry in self._unsynced if entry[2]]
         os.fsync(file)
         with self._lock:
+            self.syncs += 1
             for entry in covered:
                 if entry in self._unsynced:
                     self.synced[entry[0] : entry[0] + len(entry[1])] = entry[1]

@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from tests import qemu
 from tests.mount.load import Mirror, run_writers
-from tests.mount.mounting import Mounted, MountImage, imagofs
+from tests.mount.mounting import MountImage
+from tests.trust.kill import kill_once, snapshot_contents, with_base_and_snapshot
 
 MIB = 1 << 20
 SEED = int(os.environ.get("IMAGOFS_SEED", "20261122"))
-
-
-def _with_base_and_snapshot(folder: Path, size: int, options: dict[str, str | int | bool]) -> Path:
-    """An image over a base, both with data, with an internal snapshot."""
-    base = qemu.create(folder / "base.qcow2", size // 2 + 512 * 7, writes=["write -P 9 0 8M"])
-    image = qemu.create(
-        folder / "image.qcow2",
-        size,
-        backing=base.name,
-        writes=["write -P 5 1M 6M", "write -z 3M 1M"],
-        **options,  # type: ignore[arg-type]  # creation options, by any name
-    )
-    qemu.qemu_img("snapshot", "-c", "before", image)
-    return image
-
-
-def _snapshot_contents(image: Path) -> bytes:
-    flat = image.with_name("snapshot.flat")
-    qemu.qemu_img("convert", "-U", "-l", "before", "-O", "raw", image, flat)
-    try:
-        return flat.read_bytes()
-    finally:
-        flat.unlink()
 
 
 @pytest.mark.timeout(300)
@@ -59,9 +34,8 @@ def test_20000_random_writes(
 ) -> None:
     print(f"seed {SEED}")
     size = 48 * MIB
-    image = _with_base_and_snapshot(tmp_path, size, options)
-    snapshot = _snapshot_contents(image)
-    base = (tmp_path / "base.qcow2").read_bytes()
+    image, base = with_base_and_snapshot(tmp_path, size, options)
+    snapshot, base_before = snapshot_contents(image), base.read_bytes()
     mounted = mount(image, "rw")
     mirror = Mirror(mounted.file.read_bytes())
     run_writers(mounted.file, mirror, writes=writes, seed=SEED)
@@ -72,8 +46,8 @@ def test_20000_random_writes(
     qemu.check(image)
     assert qemu.contents(image) == mirror.contents
     assert mount(image).file.read_bytes() == mirror.contents
-    assert _snapshot_contents(image) == snapshot
-    assert (tmp_path / "base.qcow2").read_bytes() == base
+    assert snapshot_contents(image) == snapshot
+    assert base.read_bytes() == base_before
 
 
 @pytest.mark.timeout(180)
@@ -121,49 +95,17 @@ def test_file_system_on_a_loop_device(tmp_path: Path, mount: MountImage) -> None
 
 
 @pytest.mark.timeout(300)
-def test_kill_at_20_moments(tmp_path: Path, mount: MountImage) -> None:
+def test_kill_at_20_moments(tmp_path: Path) -> None:
     """After kill -9, leaks at most, and what an fsync covered is there."""
-    rnd = random.Random(SEED)
-    size = 24 * MIB
-    covered = 0
-    for round_number in range(20):
-        folder = tmp_path / f"round{round_number}"
+    syncs = 0
+    for seed in range(SEED, SEED + 20):
+        folder = tmp_path / str(seed)
         folder.mkdir()
-        options: dict[str, str | int | bool] = rnd.choice(
-            [{}, {"cluster_size": 4096}, {"extended_l2": True}, {"cluster_size": 512}]
-        )
-        image = _with_base_and_snapshot(folder, size, options)
-        mounted = mount(image, "rw")
-        mirror = Mirror(mounted.file.read_bytes())
-        delay = rnd.uniform(0.02, 0.5)
-        print(f"seed {SEED} round {round_number}: {options}, killed after {delay:.3f} s")
-        _write_and_kill(mounted, mirror, delay, SEED + round_number)
-        imagofs("umount", "-l", mounted.path, ok=None)
-        mounted.clean_up()
-        covered += mirror.synced != mirror.contents
-        report = qemu.check(image, leaks=True)
-        assert report["check-errors"] == 0
-        mirror.check_after_crash(qemu.contents(image))
-    assert covered > 10, "the daemon was killed too late to prove anything"
-
-
-def _write_and_kill(mounted: Mounted, mirror: Mirror, delay: float, seed: int) -> None:
-    killed = threading.Event()
-
-    def kill() -> None:
-        time.sleep(delay)
-        killed.set()
-        mounted.signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        run_writers(
-            mounted.file, mirror, writes=1_000_000, seed=seed, largest=1 << 18, sync_every=20
-        )
-    except OSError:
-        assert killed.is_set(), "a write failed before the daemon was killed"
-    killer.join()
+        print(f"seed {seed}")
+        moment = kill_once(folder, seed)
+        print(moment)
+        syncs += moment.syncs
+    assert syncs > 20, "the daemon was killed too early to prove anything"
 
 
 def test_closed_file_is_in_the_image(tmp_path: Path, mount: MountImage) -> None:
