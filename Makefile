@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash faults kill verify mutants bench compare lint format typecheck man setup clean distclean
+.PHONY: help demo test pytest crash faults kill verify load mutants bench compare lint format typecheck man setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -55,6 +55,10 @@ kill: setup
 verify: ## let fio verify mounts amid trims and zeroes, VERIFY="--megabytes 512 --seed 7"
 verify: setup
 	$(AS_ROOT) -m tests.trust.verify $(VERIFY)
+
+load: ## load a mount with 32 jobs for minutes, see that nothing grows, LOAD="--requests 5000000"
+load: setup
+	$(AS_ROOT) -m tests.trust.load $(LOAD)
 
 mutants: ## break the code in many ways and see that the tests notice, MUTANTS="snapshot"
 mutants: setup

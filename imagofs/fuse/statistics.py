@@ -11,6 +11,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
+
 if TYPE_CHECKING:
     from .session import Session
 
@@ -52,7 +54,7 @@ class Latencies:
 def snapshot(session: Session) -> dict[str, Any]:
     """The figures of a mount, as the extended attribute `user.imagofs.stats` has them in JSON.
 
-    Sizes are in bytes, times in seconds, counts since the mount began.
+    Called in trio's thread. Sizes are in bytes, times in seconds, counts since the mount began.
     """
     disk = session.disk
     access = disk.access
@@ -88,6 +90,7 @@ def snapshot(session: Session) -> dict[str, Any]:
             "other_requests": counted.others + counted.forwarded,
             "queue_depth": channel.queue_depth,
             "queue_depth_max": counted.deepest,
+            "tasks": trio.lowlevel.current_statistics().tasks_living,
             "latency_p50": latencies.quantile(0.5),
             "latency_p99": latencies.quantile(0.99),
         }
@@ -121,6 +124,7 @@ _METRICS: Final = {
     "other_requests": ("counter", "Other requests that were answered."),
     "queue_depth": ("gauge", "Requests that wait for the image now."),
     "queue_depth_max": ("gauge", "The most that ever waited."),
+    "tasks": ("gauge", "Tasks of the daemon, those of requests that wait included."),
     "latency_p50": ("gauge", "Seconds that half of the requests did not exceed."),
     "latency_p99": ("gauge", "Seconds that 99 of 100 requests did not exceed."),
 }
