@@ -78,6 +78,7 @@ def fio_command(device: str, part: int, seed: int) -> list[str]:
         "fio", f"--filename={device}", "--ioengine=libaio", "--direct=1", "--iodepth=32",
         f"--size={part}", f"--io_size={part}", "--verify=crc32c", "--verify_fatal=1",
         "--do_verify=1", f"--randseed={seed}", "--verify_backlog=256", "--group_reporting",
+        "--verify_state_save=0",  # else files of fio's stay in the working directory
     ]  # fmt: skip
     for number, (way, sizes) in enumerate(
         (
