@@ -76,6 +76,7 @@ compare: setup
 	sh tests/benchmarks/setup_peer.sh
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.compare --pairs 5 $(ARGS)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.growth
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.check
 
 lint: ## ruff: rules and format
 lint: setup
