@@ -16,8 +16,8 @@ def python_blocks() -> list[tuple[int, str]]:
     ]
 
 
-def imago_table() -> dict[str, list[str]]:
-    """The table for those who know imago: its items, and what stands for each here."""
+def imago_table() -> dict[tuple[str, ...], list[str]]:
+    """The table for those who know imago: the items of each row, and what stands for them here."""
     lines = iter(README.splitlines())
     for line in lines:
         if line.startswith("| imago 0.2 |"):
@@ -27,6 +27,14 @@ def imago_table() -> dict[str, list[str]]:
     for line in lines:
         if not line.startswith("|"):
             break
-        item, here, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        table[item.strip("`")] = re.findall(r"`([^`]+)`", here)
+        items, here, _ = line.strip("|").split("|")
+        table[tuple(re.findall(r"`([^`]+)`", items))] = re.findall(r"`([^`]+)`", here)
     return table
+
+
+def shell_blocks(heading: str) -> list[str]:
+    """Every indented block below a heading, up to the next one; "": before the first."""
+    begin = f"## {heading}\n" if heading else "# imagofs\n"
+    text = README[README.index(begin) + len(begin) :].partition("\n## ")[0]
+    blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks]

@@ -1,12 +1,17 @@
-"""The README's Python examples, run as they stand there."""
+"""The README's examples, run as they stand there."""
 
 import ast
 import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests import qemu
-from tests.api.readme import python_blocks
+from tests.api.readme import python_blocks, shell_blocks
 
 BLOCKS = python_blocks()
 
@@ -56,3 +61,50 @@ async def test_example(folder, line, text):
     if "create_image(" in text:
         qemu.qemu_io(folder / "new.qcow2", "read -P 0x68 1000 1", "read -P 0x6f 1004 1")
         qemu.check(folder / "new.qcow2")
+
+
+def make_disk(path):
+    """A qcow2 over another one, with an ext4 on its only partition and a snapshot inside."""
+    flat = path.with_name("flat.raw")
+    with flat.open("wb") as file:
+        file.truncate(24 << 20)
+    subprocess.run(["sfdisk", "-q", flat], input="start=2048, type=83\n", text=True, check=True)
+    qemu.run("mkfs.ext4", "-q", "-F", "-E", "offset=1048576", flat, "20m")
+    base = path.with_name("base.qcow2")
+    qemu.qemu_img("convert", "-O", "qcow2", flat, base)
+    qemu.create(path, backing=base.name)
+    qemu.qemu_img("snapshot", "-c", "before-update", path)
+
+
+@pytest.mark.parametrize("heading", ["", "Quick start", "Writing without changing the image"])
+def test_shell_examples(tmp_path, heading):
+    """What the README shows in a shell works as it stands there, but for where it mounts."""
+    make_disk(tmp_path / "disk.qcow2")
+    script = "\n".join(shell_blocks(heading))
+    assert script.count("imagofs ") > 1
+    script = re.sub(r"^\.\.\. ", "touch /mnt/partition/file ", script, flags=re.MULTILINE)
+    for folder in ("/mnt/vm", "/mnt/partition"):
+        script = script.replace(folder, str(tmp_path / folder[1:].replace("/", "-")))
+    if heading != "Quick start":
+        (tmp_path / "mnt-vm").mkdir()
+    (tmp_path / "mnt-partition").mkdir()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", "-eux", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        if done.returncode:
+            for words in (
+                ["umount", "-l", "mnt-partition"],
+                ["imagofs", "loop", "detach", "vm"],
+                ["umount", "-l", "mnt-vm"],
+                ["umount", "-l", "flat.img"],
+            ):
+                subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True)
