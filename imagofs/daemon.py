@@ -1,7 +1,8 @@
 """From the command to a mount that answers, and from its end to an image that is on the disk.
 
 The order is fixed: the process forks (before any thread exists), the child opens the image, mounts,
-and serves; the parent waits for one line: that the mount answers, or what is wrong. After the end
+gives up the rights that it needs no more (a helper keeps the few that its end needs), and serves;
+the parent waits for one line: that the mount answers, or what is wrong. After the end
 the image is flushed, synced and closed, and only then does the process end; whoever waits for it
 (`imagofs umount`) is told what was lost, if anything was.
 
@@ -15,22 +16,24 @@ import gc
 import logging
 import os
 import signal
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final
 
 from .cli.options import MountOptions
-from .errors import ImagofsError, OutOfRangeError, StorageError
+from .errors import ImagofsError, OutOfRangeError, StorageError, UnsupportedError
 from .fuse import mounts
 from .logs import log_to_stderr, log_to_syslog
 from .notify import Notifier
-from .privileges import Detacher, become
-from .reporting import ask_for_time, microseconds, remove_file, report
+from .privileges import Helper, become
+from .reporting import ask_for_time, microseconds, report
 
 if TYPE_CHECKING:
     import trio
 
     from .access import FormatAccess
+    from .confining import Confinement
     from .fuse.control import ControlSocket
     from .fuse.disk import ImageStatus
     from .fuse.operations import Shown
@@ -116,15 +119,16 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir("/")
     log_to_stderr(verbosity)  # until the mount answers, the terminal is still there
+    null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):
-        _point_to_null(standard)
+        os.dup2(null, standard)
     open_pipe = True
 
     def ready() -> None:
         nonlocal open_pipe
         os.setsid()
         log_to_syslog(verbosity)
-        _point_to_null(2)
+        os.dup2(null, 2)
         open_pipe = False
         try:
             os.write(writer, _READY)
@@ -149,13 +153,6 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     return 1
 
 
-def _point_to_null(descriptor: int) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, descriptor)
-    if null > 2:
-        os.close(null)
-
-
 class _Daemon:
     """What serves one mount.
 
@@ -174,7 +171,8 @@ class _Daemon:
         self.notifier = notifier
         self.point = mounts.real_path(mountpoint)
         self._is_file = False
-        self._detacher: Detacher | None = None
+        #: The file of metrics.
+        self._metrics_file: str | None = None
 
     def run(self, ready: Callable[[], None]) -> int:
         """Open, mount, serve, flush.
@@ -193,42 +191,57 @@ class _Daemon:
             raise OutOfRangeError(
                 "the mountpoint is a file, and name= is for directories", filename=self.point
             )
+        if self.options.setuid is not None and os.geteuid():
+            raise StorageError("option 'setuid' is for root", error=errno.EPERM)
         _prepare_process(writable=self.options.writable)
-        if self.options.setuid is not None:
-            if os.geteuid():
-                raise StorageError("option 'setuid' is for root", error=errno.EPERM)
-            self._detacher = Detacher()  # before there are threads
-        import trio
-
+        metrics = self.options.metrics
+        self._metrics_file = metrics.path if metrics is not None and not metrics.is_socket else None
+        helper = Helper(remove=metrics and metrics.path)  # before there are threads
         try:
-            return trio.run(self._run, ready)
-        finally:
-            if self._detacher is not None:
-                self._detacher.close()
+            import trio
 
-    async def _run(self, ready: Callable[[], None]) -> int:
+            return trio.run(self._run, helper, ready)
+        finally:
+            helper.close()
+
+    async def _run(self, helper: Helper, ready: Callable[[], None]) -> int:
         import trio
 
+        from . import metrics_socket
+
+        confinement = self._prepare_confinement()
         access = await self._open()
         # Also while the end is written, nothing but SIGKILL ends the process early.
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             try:
-                session = self._mount(access)
+                session = self._mount(access, helper)
             except BaseException:
                 await access.close()
                 raise
             control = self._listen(session)
+            listener = self._listen_for_metrics()
+            try:
+                if session.device is not None:
+                    made = self._metrics_file is not None or listener is not None
+                    helper.watch(session.device, remove=made)
+                await self._give_up_rights(confinement)
+            except BaseException:
+                for point in session.places():
+                    helper.detach(point)
+                session.abandon()
+                await access.close()
+                raise
             gc.collect()
             gc.freeze()  # what is there now stays: no collection needs to look at it again
             lost = "the daemon failed"
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._obey, signals, session, nursery)
-                    nursery.start_soon(report, self.notifier, session, self.options.metrics)
+                    nursery.start_soon(self._obey, signals, session, helper, nursery)
+                    nursery.start_soon(report, self.notifier, session, self._metrics_file)
+                    if listener is not None:
+                        nursery.start_soon(metrics_socket.serve, listener, session.metrics)
 
                     def announce() -> None:
-                        if self.options.setuid is not None:
-                            become(self.options.setuid)
                         ready()
                         what = f"{access.format_name}, {'rw' if self.options.writable else 'ro'}"
                         log.info("%s: mounted %s (%s)", self.point, self.image, what)
@@ -244,8 +257,6 @@ class _Daemon:
                 try:
                     lost = await self._finish(access)
                 finally:
-                    if self.options.metrics is not None:
-                        remove_file(self.options.metrics)
                     if control is not None:
                         control.end(lost)
         return 1 if lost else 0
@@ -283,7 +294,34 @@ class _Daemon:
             inflated_bytes=options.inflated_bytes,
         )
 
-    def _mount(self, access: FormatAccess) -> Session:
+    def _prepare_confinement(self) -> Confinement | None:
+        if not self.options.confine:
+            return None
+        from .confining import Confinement
+
+        confinement = Confinement(folder=self._metrics_file and os.path.dirname(self._metrics_file))
+        self._check_confinement(confinement.missing)
+        return confinement
+
+    def _check_confinement(self, missing: str) -> None:
+        if not missing:
+            return
+        if self.options.confine is True:
+            raise UnsupportedError(
+                f"cannot confine the daemon: {missing}; confine=auto does what can be done",
+                filename=self.image,
+            )
+        log.debug("%s: not confined: %s", self.image, missing)
+
+    async def _give_up_rights(self, confinement: Confinement | None) -> None:
+        mounts.keep_table_open()
+        if self.options.setuid is not None:
+            _import_what_may_be_needed()
+            become(self.options.setuid)
+        if confinement is not None:
+            self._check_confinement(await confinement.enter())
+
+    def _mount(self, access: FormatAccess, helper: Helper) -> Session:
         from .fuse.disk import Disk
         from .fuse.session import Session, SessionOptions
 
@@ -298,7 +336,8 @@ class _Daemon:
                 allow_other=options.allow_other,
                 channel=options.channel,
                 kernel=options.kernel,
-                detach=self._detacher.detach if self._detacher else mounts.detach,
+                detach=helper.detach,
+                is_severed=helper.is_severed,
             ),
         )
         session.mount()
@@ -332,8 +371,25 @@ class _Daemon:
             log.warning("%s: 'imagofs umount' will not find the daemon: %s", self.point, error)
             return None
 
+    def _listen_for_metrics(self) -> socket.socket | None:
+        from . import metrics_socket
+
+        metrics = self.options.metrics
+        if metrics is None or not metrics.is_socket:
+            return None
+        try:
+            return metrics_socket.listen(metrics.path)
+        except OSError as error:
+            reason = error.strerror or error
+            log.warning("%s: cannot listen for who asks for metrics: %s", metrics.path, reason)
+            return None
+
     async def _obey(
-        self, signals: AsyncIterator[int], session: Session, nursery: trio.Nursery
+        self,
+        signals: AsyncIterator[int],
+        session: Session,
+        helper: Helper,
+        nursery: trio.Nursery,
     ) -> None:
         asked = False
         async for number in signals:
@@ -347,9 +403,9 @@ class _Daemon:
                     session.stop()
                 else:
                     asked = True
-                    nursery.start_soon(self._end, session)
+                    nursery.start_soon(self._end, session, helper)
 
-    async def _end(self, session: Session) -> None:
+    async def _end(self, session: Session, helper: Helper) -> None:
         """Take the mount away; the session ends with its last user."""
         import trio
 
@@ -361,7 +417,7 @@ class _Daemon:
             # Beyond that time there is the flush, which asks for more by itself.
             **({} if timeout is None else {"EXTEND_TIMEOUT_USEC": microseconds(timeout + 30)}),
         )
-        users = await trio.to_thread.run_sync(mounts.users, self.point)
+        users = await trio.to_thread.run_sync(helper.users, self.point)
         if users:
             log.warning(
                 "%s: still used by %s: ends with the last of them%s", self.point, users, patience
@@ -448,6 +504,18 @@ def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
 def default_name(image: str) -> str:
     """The disk's name in a directory mount: the image's, with `.raw` for its extension."""
     return os.path.splitext(os.path.basename(image))[0] + ".raw"
+
+
+def _import_what_may_be_needed() -> None:
+    """Another user may not get into the folders that modules come from."""
+    from .inflating import deflate_library, zstd_library
+    from .storage import bounce  # noqa: F401
+
+    deflate_library()
+    try:
+        zstd_library()
+    except UnsupportedError:  # the image that needs it says so
+        pass
 
 
 def _prepare_process(*, writable: bool) -> None:

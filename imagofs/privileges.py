@@ -1,7 +1,9 @@
-"""Running as another user, with one process left that may still unmount.
+"""The helper that keeps the rights which the daemon gives up, and running as another user.
 
-Whoever gave up root's rights cannot take a mount away. So before that a child is forked that does
-nothing else: it gets the paths of mountpoints over a socket, and ends when the daemon does.
+Once the disk is mounted the daemon may be another user, and it may not open files, run programs or
+unmount any more (`confining.py`). A few things remain to be done at its end that need such rights.
+So before all that a child is forked that does these and nothing else: it is asked over a socket,
+touches no mount but the daemon's own, and ends with it.
 """
 
 from __future__ import annotations
@@ -10,23 +12,33 @@ import errno
 import os
 import signal
 import socket
+import stat
+import struct
 import threading
 
 from .errors import StorageError
 from .fuse import mounts
 
-__all__ = ["Detacher", "become"]
+__all__ = ["Helper", "become", "keep_capabilities"]
 
-_PATH_BYTES = 1 << 16
+_MESSAGE_BYTES = 1 << 16
+_NAME = b"imagofs-helper"
+#: CAP_SYS_ADMIN: to unmount; CAP_SYS_PTRACE: to see who uses a mount; CAP_DAC_OVERRIDE and
+#: CAP_DAC_READ_SEARCH: in whatever folders.
+_KEPT_CAPABILITIES = (21, 19, 1, 2)
+_CAPABILITY_VERSION = 0x20080522
 
 
-class Detacher:
-    """A child process with the rights of this moment, which unmounts on request.
+class Helper:
+    """A child process with the rights of this moment. Any thread may ask it; each call waits.
 
     Make it before any thread exists.
+
+    Args:
+        remove: Path of a file or socket that the child may be told to remove; None for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, remove: str | None = None) -> None:
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._child = os.fork()
@@ -34,43 +46,142 @@ class Detacher:
             theirs.close()
             return
         try:
-            _serve(theirs)
+            _serve(theirs, remove)
         finally:
             os._exit(0)
 
+    def watch(self, device: str, *, remove: bool = False) -> None:
+        """Say which mount is the daemon's, before anything else is asked. Only once.
+
+        Args:
+            device: "major:minor" of the mounted file system.
+            remove: Once the daemon has ended, however it ends, the file is to be removed.
+        """
+        self._ask(b"W" if remove else b"w", device)
+
     def detach(self, point: str) -> None:
-        """Unmount what is mounted at `point`, even while it is used. Waits; any thread may call.
+        """Unmount the daemon's mount at `point`, even while it is used.
 
         Raises:
-            OSError: It failed.
+            OSError: It failed, or another mount is there.
         """
-        with self._lock:
-            self._socket.send(os.fsencode(point))
-            answer = self._socket.recv(16)
-        number = int(answer) if answer else errno.EPERM
-        if number:
-            raise OSError(number, os.strerror(number), point)
+        self._ask(b"d", point)
+
+    def is_severed(self, point: str) -> bool:
+        """Whether the daemon's mount at `point` has lost its daemon."""
+        return bool(self._ask(b"s", point))
+
+    def users(self, point: str) -> str:
+        """As `mounts.users`; empty if that fails."""
+        try:
+            return self._ask(b"u", point)
+        except OSError:
+            return ""
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, and wait for that."""
         self._socket.close()
         os.waitpid(self._child, 0)
 
+    def _ask(self, what: bytes, argument: str) -> str:
+        with self._lock:
+            self._socket.send(what + os.fsencode(argument))
+            answer = self._socket.recv(_MESSAGE_BYTES)
+        number, _, text = answer.partition(b" ")
+        if number != b"0":
+            code = int(number or errno.EPIPE)
+            raise OSError(code, os.fsdecode(text) or os.strerror(code), argument)
+        return os.fsdecode(text)
 
-def _serve(connection: socket.socket) -> None:
+
+def _serve(connection: socket.socket, remove: str | None) -> None:
     """In the child: keep nothing of the parent's but the socket, and serve until it is closed."""
+    _leave_the_parent(connection.fileno())
+    device, wanted = "", False
+    while request := connection.recv(_MESSAGE_BYTES):
+        argument = os.fsdecode(request[1:])
+        text = ""
+        try:
+            if request[:1] in b"Ww":
+                device = device or argument
+                wanted = request[:1] == b"W"
+            else:
+                _check_mount(argument, device)
+                text = _do(request[:1], argument)
+            answer = b"0"
+        except OSError as error:
+            answer = b"%d" % (error.errno or errno.EPERM)
+            text = error.strerror or ""
+        connection.send((answer + b" " + os.fsencode(text))[:_MESSAGE_BYTES])
+    if remove is not None and wanted:
+        _remove(remove)
+
+
+def _leave_the_parent(kept: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    kept = connection.fileno()
+    # Whoever waits for the end of the daemon's output, or for its terminal, waits for that alone.
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
     os.closerange(3, kept)
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
-    while path := connection.recv(_PATH_BYTES):
-        try:
-            mounts.detach(os.fsdecode(path))
-            answer = 0
-        except OSError as error:
-            answer = error.errno or errno.EPERM
-        connection.send(b"%d" % answer)
+    os.setsid()
+    os.chdir("/")
+    try:
+        with open("/proc/self/comm", "wb", buffering=0) as file:
+            file.write(_NAME)
+    except OSError:  # it is only a name
+        pass
+    if not os.geteuid():
+        keep_capabilities(*_KEPT_CAPABILITIES)
+
+
+def _check_mount(point: str, device: str) -> None:
+    """Refuse what is not the daemon's mount."""
+    mount = mounts.find_at(point)
+    if mount is None or mount.device != device or mount.fstype != mounts.FSTYPE:
+        raise OSError(errno.EINVAL, "not mounted by this daemon", point)
+
+
+def _do(what: bytes, point: str) -> str:
+    if what == b"d":
+        mounts.detach(point)
+    elif what == b"s":
+        return "yes" if mounts.is_dead(point) else ""
+    elif what == b"u":
+        return mounts.users(point)
+    return ""
+
+
+def _remove(path: str) -> None:
+    try:
+        kind = os.lstat(path).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISSOCK(kind):
+            os.unlink(path)
+    except OSError:  # nobody is left to be told
+        pass
+
+
+def keep_capabilities(*numbers: int) -> None:
+    """Give up all capabilities but these, in this thread.
+
+    Args:
+        numbers: Which to keep, if they are there; below 32.
+
+    Raises:
+        OSError: The kernel does not do it.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
+    held = ctypes.create_string_buffer(24)  # twice effective, permitted, inheritable
+    if libc.capget(header, held):
+        raise OSError(ctypes.get_errno(), "capget failed")
+    kept = struct.unpack("=6I", held)[1] & sum(1 << number for number in numbers)
+    if libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)):
+        raise OSError(ctypes.get_errno(), "capset failed")
 
 
 def become(user: int) -> None:

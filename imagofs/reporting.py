@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .fuse.session import Session
     from .notify import Notifier
 
-__all__ = ["ask_for_time", "microseconds", "remove_file", "report"]
+__all__ = ["ask_for_time", "microseconds", "report"]
 
 log = logging.getLogger("imagofs")
 
@@ -23,7 +23,7 @@ def microseconds(seconds: float) -> str:
     return str(int(seconds * 1_000_000))
 
 
-async def report(notifier: Notifier, session: Session, metrics: str | None) -> None:
+async def report(notifier: Notifier, session: Session, file: str | None) -> None:
     """Tell systemd that this process lives and what it did; keep the file of metrics.
 
     Runs until it is cancelled; the file then stays.
@@ -31,17 +31,17 @@ async def report(notifier: Notifier, session: Session, metrics: str | None) -> N
     Args:
         notifier: Who is told.
         session: Whose statistics.
-        metrics: Path of the file, None for none.
+        file: Path of the file, None for none.
     """
     import trio
 
-    if not notifier.active and metrics is None:
+    if not notifier.active and file is None:
         return
     failed = False
     seconds = min(_REPORT_SECONDS, (notifier.watchdog_seconds or _REPORT_SECONDS) / 3)
     while True:
-        if metrics is not None:
-            failed = not await _write_metrics(session, metrics, silent=failed)
+        if file is not None:
+            failed = not await _write_metrics(session, file, silent=failed)
         await trio.sleep(seconds)
         notifier.tell(WATCHDOG="1", STATUS=session.statistics())
 
@@ -59,9 +59,7 @@ async def _write_metrics(session: Session, path: str, *, silent: bool) -> bool:
     """Replace the file of metrics; a failure is logged unless `silent`, and the answer False."""
     import trio
 
-    from .fuse.statistics import metrics
-
-    text = metrics(session.snapshot())
+    text = session.metrics()
 
     def write() -> None:
         new = f"{path}.new"
@@ -76,13 +74,3 @@ async def _write_metrics(session: Session, path: str, *, silent: bool) -> bool:
             log.warning("%s: cannot write the metrics: %s", path, error.strerror or error)
         return False
     return True
-
-
-def remove_file(path: str) -> None:
-    """Remove a file if it is there; a failure is logged."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        log.warning("%s: cannot remove it: %s", path, error.strerror or error)

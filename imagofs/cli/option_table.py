@@ -70,10 +70,20 @@ OPTIONS: Final = [
         "run as this user once the image is open and mounted; only root may ask for it",
     ),
     MountOption(
+        ("confine=auto|on|off",),
+        "once the image is open and mounted, give up what is not needed any more: opening files, "
+        "running programs, capabilities. auto, the default: as far as the kernel can do that "
+        "(landlock, seccomp); on: or do not mount",
+    ),
+    MountOption(
         ("stop_timeout=SECONDS",),
         "how long SIGTERM waits for those who still use the disk (default: for ever)",
     ),
-    MountOption(("metrics=FILE",), "keep a file with the statistics, in Prometheus' text format"),
+    MountOption(
+        ("metrics=FILE", "metrics=unix:SOCKET"),
+        "keep a file with the statistics in Prometheus' text format, or answer with them, by HTTP "
+        "too, whoever connects to a local socket (only the user who mounted and root may)",
+    ),
     MountOption(("X-mount.mkdir",), "make the mountpoint if it is missing"),
 ]
 

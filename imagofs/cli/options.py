@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
-__all__ = ["MountOptions", "OptionError", "parse_options", "split_options"]
+__all__ = ["Metrics", "MountOptions", "OptionError", "parse_options", "split_options"]
 
 #: Passed on to the kernel as they are; of two that contradict each other the later one counts.
 _KERNEL: Final = {
@@ -38,6 +38,18 @@ _FOR_OTHERS: Final = ("x-", "X-")
 
 class OptionError(ValueError):
     """An option that is unknown or has a value that it cannot have."""
+
+
+class Metrics(NamedTuple):
+    """Where the statistics are to be found in Prometheus' text format.
+
+    Attributes:
+        path: Of the file, or of the socket.
+        is_socket: It is a socket.
+    """
+
+    path: str
+    is_socket: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +78,10 @@ class MountOptions:
         overlay: `overlay`, `overlay=`: writes go to an overlay, which is this file; empty: to a
             temporary one.
         setuid: `setuid=`: run as this user once the image is open and mounted.
+        confine: `confine=`: give up what is not needed once it is mounted; "auto": as far as the
+            kernel can do that.
         stop_timeout: `stop_timeout=`: seconds that SIGTERM waits for users; None: for ever.
-        metrics: `metrics=`: keep a file with the statistics in Prometheus' text format here.
+        metrics: `metrics=`.
         kernel: Options for the kernel.
     """
 
@@ -91,8 +105,9 @@ class MountOptions:
     inflated_bytes: int | None = None
     overlay: str | None = None
     setuid: int | None = None
+    confine: bool | Literal["auto"] = "auto"
     stop_timeout: float | None = None
-    metrics: str | None = None
+    metrics: Metrics | None = None
     kernel: tuple[str, ...] = ()
 
 
@@ -217,7 +232,7 @@ def _switch(value: str) -> bool:
     return value == "on"
 
 
-def _locking(value: str) -> bool | Literal["auto"]:
+def _three_ways(value: str) -> bool | Literal["auto"]:
     if value not in ("on", "off", "auto"):
         raise ValueError("on, off or auto")
     return "auto" if value == "auto" else value == "on"
@@ -231,6 +246,13 @@ def _seconds(value: str) -> float:
 
 def _absolute(value: str) -> str:
     return os.path.abspath(value)  # before the daemon leaves for /
+
+
+def _metrics(value: str) -> Metrics:
+    path = value.removeprefix("unix:")
+    if not path:
+        raise ValueError("unix: is followed by a path")
+    return Metrics(_absolute(path), path != value)
 
 
 def _size(value: str) -> int:
@@ -264,12 +286,13 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "format": ("format", _format),
     "fsname": ("fsname", str),
     "snapshot": ("snapshot", str),
-    "lock": ("lock", _locking),
+    "lock": ("lock", _three_ways),
+    "confine": ("confine", _three_ways),
     "channel": ("channel", _switch),
     "overlay": ("overlay", _absolute),
     "setuid": ("setuid", _user),
     "stop_timeout": ("stop_timeout", _seconds),
-    "metrics": ("metrics", _absolute),
+    "metrics": ("metrics", _metrics),
     "metadata_cache": ("metadata_bytes", _size),
     "inflate_cache": ("inflated_bytes", _size),
 }

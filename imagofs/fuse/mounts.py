@@ -20,6 +20,7 @@ __all__ = [
     "find_at",
     "find_device",
     "is_dead",
+    "keep_table_open",
     "mounts",
     "real_path",
     "sever",
@@ -53,10 +54,27 @@ class Mount(NamedTuple):
     owner: int
 
 
+_TABLE: Final = "/proc/self/mountinfo"
+_CHUNK_BYTES = 1 << 16
+_kept_table: int | None = None
+
+
 def mounts() -> list[Mount]:
     """Every mount that this process sees; what is mounted over another comes after it."""
-    with open("/proc/self/mountinfo", "rb") as table:
-        return [_parse(line) for line in table]
+    if _kept_table is None:
+        with open(_TABLE, "rb") as table:
+            return [_parse(line) for line in table]
+    text = b""
+    while chunk := os.pread(_kept_table, _CHUNK_BYTES, len(text)):
+        text += chunk
+    return [_parse(line) for line in text.split(b"\n") if line]
+
+
+def keep_table_open() -> None:
+    """For a process that will not be allowed to open files: `mounts` then needs none."""
+    global _kept_table
+    if _kept_table is None:
+        _kept_table = os.open(_TABLE, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _parse(line: bytes) -> Mount:
@@ -112,7 +130,7 @@ def is_dead(point: str, *, seconds: float = 5.0) -> bool:
             os.statvfs(point)
             code = 0
         except OSError as error:
-            code = 1 if error.errno == errno.ENOTCONN else 0
+            code = 1 if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) else 0
         os._exit(code)
     deadline = time.monotonic() + seconds
     while True:

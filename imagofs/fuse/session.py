@@ -31,7 +31,7 @@ from . import mounts, protocol
 from .channel import Channel
 from .disk import Disk
 from .operations import Operations, Shown
-from .statistics import one_line, snapshot
+from .statistics import metrics, one_line, snapshot
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 _FUSE_DEVICE = os.makedev(10, 229)
 _MAX_BACKGROUND = 256
 _READ_AHEAD_KIB = 1024
-_ASK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +50,21 @@ class SessionOptions:
         point: The mountpoint, a real path.
         source: What mount(8) shows as the source.
         shown: How the file appears.
+        detach: Takes what is mounted at a point away, even while it is used; called in a thread.
+        is_severed: Whether what is mounted at a point has lost its daemon; called in a thread.
         allow_other: Let other users in.
         channel: Use the data channel.
         kernel: Further mount options for the kernel ("nosuid", "noatime" ...).
-        detach: Takes what is mounted at a point away, even while it is used; called in a thread.
     """
 
     point: str
     source: str
     shown: Shown
+    detach: Callable[[str], None]
+    is_severed: Callable[[str], bool]
     allow_other: bool = False
     channel: bool = True
     kernel: tuple[str, ...] = ()
-    detach: Callable[[str], None] = mounts.detach
 
 
 class _Option(str):
@@ -102,6 +103,7 @@ class Session:
         self._threads = trio.CapacityLimiter(2)
         self._stopping = False
         self._loop_scope = trio.CancelScope()
+        self._read_ahead: int | None = None
 
     # --- mounting -----------------------------------------------------------------------------
 
@@ -135,6 +137,7 @@ class Session:
         mount = mounts.find_at(self.options.point)
         if mount is not None and mount.fstype == mounts.FSTYPE:
             self.device = mount.device
+            self._open_read_ahead(mount.device)
         if self.options.channel:
             (session_fd,) = _fuse_descriptors() - before
             self.channel = self._open_channel(session_fd)
@@ -180,6 +183,10 @@ class Session:
     def statistics(self) -> str:
         """The same in one line."""
         return one_line(snapshot(self))
+
+    def metrics(self) -> str:
+        """The same in Prometheus' text format."""
+        return metrics(snapshot(self))
 
     # --- serving ------------------------------------------------------------------------------
 
@@ -227,17 +234,27 @@ class Session:
         if self._ready is not None:
             self._ready()
 
+    def _open_read_ahead(self, device: str) -> None:
+        # It is written when INIT is answered, which may set it; this process may then have no
+        # right to open it any more.
+        try:
+            self._read_ahead = os.open(
+                f"/sys/class/bdi/{device}/read_ahead_kb", os.O_RDWR | os.O_CLOEXEC
+            )
+        except OSError as error:
+            log.debug("read-ahead stays as it is: %s", error)
+
     def _raise_read_ahead(self) -> None:
         """Let the kernel read further ahead than its default, where that is allowed."""
-        if self.device is None:
+        if self._read_ahead is None:
             return
         try:
-            path = f"/sys/class/bdi/{self.device}/read_ahead_kb"
-            with open(path, "r+b", buffering=0) as file:
-                if int(file.read(32)) < _READ_AHEAD_KIB:
-                    file.write(b"%d" % _READ_AHEAD_KIB)
+            if int(os.pread(self._read_ahead, 32, 0)) < _READ_AHEAD_KIB:
+                os.pwrite(self._read_ahead, b"%d" % _READ_AHEAD_KIB, 0)
         except (OSError, ValueError) as error:
             log.debug("read-ahead stays as it is: %s", error)
+        os.close(self._read_ahead)
+        self._read_ahead = None
 
     async def _leave(self) -> None:
         """See to it that nothing is mounted any more."""
@@ -253,17 +270,10 @@ class Session:
 
     async def _is_severed(self, point: str) -> bool:
         """Whether the mount at `point` has lost its daemon; only asked once this one has ended."""
-
-        def ask() -> bool:
-            try:
-                os.statvfs(point)
-            except OSError as error:
-                return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        try:
+            return await trio.to_thread.run_sync(self.options.is_severed, point)
+        except OSError:  # another mount is there
             return False
-
-        with trio.move_on_after(_ASK_SECONDS):
-            return await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
-        return False
 
     def places(self) -> list[str]:
         """Where it is mounted now; empty once it is unmounted or detached."""
@@ -298,9 +308,16 @@ class Session:
         else:
             self._loop_scope.cancel()
 
+    def abandon(self) -> None:
+        """Unmount what was mounted and never served."""
+        self._close()
+
     def _close(self) -> None:
         if self.channel is not None:
             self.channel.give_back()
+        if self._read_ahead is not None:
+            os.close(self._read_ahead)
+            self._read_ahead = None
         # libfuse would unmount by name whatever is at that place now.
         pyfuse3.close(unmount=bool(self.places()) or self.device is None)
 

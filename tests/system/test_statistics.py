@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import pty
 import random
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,11 +115,74 @@ def test_metrics(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None
     assert not metrics.exists()
 
 
+def ask(path: Path, request: bytes, *, close: bool = True) -> bytes:
+    """What a client gets that sends `request`."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(request)
+        if close:
+            client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while chunk := client.recv(65536):
+            answer += chunk
+        return answer
+
+
+def test_metrics_on_a_socket(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None:
+    path = tmp_path / "metrics socket"
+    mounted = mount(new_image("1M", "disk.qcow2"), f"metrics=unix:{path}")
+    assert path.is_socket() and path.stat().st_mode & 0o777 == 0o600
+    connection = http.client.HTTPConnection("localhost")
+    with socket.socket(socket.AF_UNIX) as connection.sock:
+        connection.sock.connect(str(path))
+        connection.request("GET", "/metrics")
+        first = connection.getresponse().read().decode()
+    assert 'imagofs_reads_total{mountpoint="' in first
+    mounted.file.read_bytes()
+    # Whoever is silent gets it too; a browser's head and a wrong method get what HTTP says.
+    for plain in (ask(path, b""), ask(path, b"", close=False)):
+        assert plain.startswith(b"# HELP imagofs_") and plain.endswith(b"\n")
+        assert b"imagofs_reads_total" in plain and plain != first.encode()
+    head, _, body = ask(path, b"GET / HTTP/1.0\r\n\r\n", close=False).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"version=0.0.4" in head
+    assert f"Content-Length: {len(body)}\r\n".encode() in head
+    assert ask(path, b"HEAD / HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\n")
+    assert ask(path, b"POST / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 405 ")
+    # One that hangs up, and one that says nothing for a while, are in nobody's way.
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as rude:
+        for client in (silent, rude):
+            client.connect(str(path))
+        rude.close()
+        assert ask(path, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200")
+        mounted.umount()
+    assert not path.exists()
+
+
+def test_the_socket_of_another(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None:
+    """A dead one is replaced; one that lives, and any other file, stays as it is."""
+    path = tmp_path / "socket"
+    first = mount(new_image("1M"), f"metrics=unix:{path}")
+    second = mount(new_image("1M"), f"metrics=unix:{path}")
+    second.umount()
+    assert str(first.path).encode() in ask(path, b"")
+    first.umount()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    third = mount(new_image("1M"), f"metrics=unix:{path}")
+    assert str(third.path).encode() in ask(path, b"")
+    third.signal(signal.SIGKILL)
+    wait_until(lambda: not path.exists())  # even then
+    path.write_text("precious")
+    mount(new_image("1M"), f"metrics=unix:{path}").umount()
+    assert path.read_text() == "precious"
+
+
 def test_metrics_that_cannot_be_written(
     new_image: NewImage, mount: MountImage, tmp_path: Path
 ) -> None:
-    mounted = mount(new_image("1M", "disk.qcow2"), f"metrics={tmp_path}/missing/file")
-    assert mounted.file.read_bytes() == bytes(1 << 20)
+    for prefix in ("", "unix:"):
+        mounted = mount(new_image("1M"), f"metrics={prefix}{tmp_path}/missing/file")
+        assert mounted.file.read_bytes() == bytes(1 << 20)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from imagofs.confining import landlock_version
 from tests import qemu
 from tests.system.machine import Machine, booted
 
@@ -102,7 +103,7 @@ def test_no_mount_namespace(machine: Machine, folder: Path) -> None:
     """Hardened, and still in process 1's namespace of mounts, with no more rights than needed."""
     name = name_of("ns", folder)
     image = qemu.create(folder / "ns.qcow2", "1M")
-    machine.configure(name, IMAGE=image, OPTIONS="rw")
+    machine.configure(name, IMAGE=image, OPTIONS="rw,confine=on" if landlock_version() else "rw")
     machine.systemctl("start", f"imagofs@{name}")
     pid = machine.show(f"imagofs@{name}", "MainPID")
     first, second = machine.sh(f"readlink /proc/1/ns/mnt /proc/{pid}/ns/mnt").split()
@@ -112,7 +113,10 @@ def test_no_mount_namespace(machine: Machine, folder: Path) -> None:
     assert fields["NoNewPrivs"].strip() == "1" and fields["Seccomp"].strip() == "2"
     # DAC_OVERRIDE, DAC_READ_SEARCH, SETGID, SETUID, SYS_PTRACE, SYS_ADMIN, SYS_RESOURCE
     allowed = sum(1 << bit for bit in (1, 2, 6, 7, 19, 21, 24))
-    assert not int(fields["CapEff"], 16) & ~allowed
+    assert not int(fields["CapBnd"], 16) & ~allowed
+    # Once it serves it keeps two of them, and its own filter is on top of the unit's.
+    assert not int(fields["CapPrm"], 16) & ~(1 << 2 | 1 << 24)
+    assert int(fields["Seccomp_filters"]) >= 2
     if int(fields["CapBnd"], 16) & 1 << 24:  # some containers do not give SYS_RESOURCE to root
         assert status.splitlines()[-1] == "-900"
     machine.systemctl("stop", f"imagofs@{name}")

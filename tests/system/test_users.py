@@ -154,8 +154,8 @@ def test_setuid(image: Path, tmp_path: Path, channel: str) -> None:
         "$IMAGOFS" disk.qcow2 mnt -o rw,setuid=otto,uid=anna,channel={channel}
         stat -c %U mnt/disk.raw
         printf new | dd of=mnt/disk.raw conv=notrunc status=none
-        ps -o user= -C imagofs | sort -u | xargs echo
-        grep -h CapEff $(pgrep -u otto -x imagofs | sed 's|.*|/proc/&/status|')
+        ps -o user=,comm= -C imagofs,imagofs-helper | sort | xargs echo
+        grep -hE '^(Cap(Eff|Prm|Inh|Amb)|Groups)' $(pgrep -x imagofs | sed 's|.*|/proc/&/status|')
         kill $(pgrep -u otto -x imagofs)
         while pgrep -x imagofs >/dev/null; do sleep 0.02; done
         no findmnt mnt
@@ -167,9 +167,11 @@ def test_setuid(image: Path, tmp_path: Path, channel: str) -> None:
         """,
         tmp_path,
     )
-    owner, processes, capabilities, data = output.splitlines()
-    assert owner == "anna" and processes == "otto root" and data == "newA"
-    assert int(capabilities.split()[1], 16) == 0
+    owner, processes, groups, *capabilities, data = output.splitlines()
+    assert owner == "anna" and data == "newA"
+    assert processes == "otto imagofs root imagofs-helper"
+    assert len(groups.split()) == 2  # otto's own
+    assert [line.split()[1] for line in capabilities] == ["0" * 16] * 4
 
 
 def test_setuid_is_for_root(image: Path, tmp_path: Path) -> None:
