@@ -343,6 +343,8 @@ class InflatedCache:
 
     def drop_range(self, first_key: int, keys: int) -> None:
         """Forget the clusters at `keys` consecutive keys, in time bounded by what is cached."""
+        if not (self.young or self._old or self.ahead):
+            return  # written images without compressed clusters come by with every allocation
         end = first_key + keys
         if keys <= 64:
             for key in range(first_key, end):

@@ -305,7 +305,7 @@ MUTANTS = (
         "the resolved map keeps an old mapping",
         "writing.py",
         """\
-            self._driver.mapping_changed(first, last - first)
+            self._driver.mapping_changed(first, end - first)
 """,
         """\
             pass
@@ -351,10 +351,10 @@ MUTANTS = (
         "a discard to zero lets the backing file show",
         "planning.py",
         """\
-                change = Change(old.guest_offset, keep | READS_AS_ZERO)
+                entry, bitmap = keep | READS_AS_ZERO, 0
 """,
         """\
-                change = Change(old.guest_offset, keep)
+                entry, bitmap = keep, 0
 """,
     ),
     Mutant(
@@ -444,6 +444,49 @@ MUTANTS = (
 """,
         """\
         self.l1[index] = host_offset
+""",
+    ),
+    Mutant(
+        "walk",
+        "a part of a new cluster hides what the backing file has around it",
+        "planning.py",
+        """\
+        if self._has_backing and (start | end) & mask:
+""",
+        """\
+        if self._has_backing and start & mask:
+""",
+    ),
+    Mutant(
+        "walk",
+        "the edges of a new cluster show what the host had there",
+        "planning.py",
+        """\
+            if not virgin:
+                plan.add(tail, tail + shift, stop - tail, Source.ZERO)
+""",
+        "",
+    ),
+    Mutant(
+        "allocation",
+        "what lies between changed parts of a table is zeroed",
+        "l2.py",
+        """\
+        data = self._storage.read_table_nowait(length, place) if numbers[1:] else bytearray(size)
+""",
+        """\
+        data = bytearray(length)
+""",
+    ),
+    Mutant(
+        "crash",
+        "parts of two tables are written together, with what lies between them",
+        "l2.py",
+        """\
+            same_table = not (number ^ last) >> self._slices_per_table_bits
+""",
+        """\
+            same_table = last >= 0
 """,
     ),
     Mutant(

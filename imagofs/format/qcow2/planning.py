@@ -39,11 +39,17 @@ class Piece(NamedTuple):
 
 
 class Change(NamedTuple):
-    """An L2 entry to set once the pieces are written; `bitmap` counts with extended L2 only."""
+    """L2 entries to set, one after the other, once the pieces are written.
+
+    Attributes:
+        guest_offset: Of the first one's cluster.
+        clusters: How many. All lie in one slice.
+        words: The entries; with extended L2 each is followed by its bitmap.
+    """
 
     guest_offset: int
-    entry: int
-    bitmap: int = 0
+    clusters: int
+    words: array[int]
 
 
 @dataclass(slots=True)
@@ -208,6 +214,11 @@ class Planner:
             self._refcounts.check_reference(cluster, old.guest_offset)
         plan.dropped += clusters
 
+    def _set(self, plan: Plan, old: _Old, entry: int, bitmap: int = 0) -> None:
+        """Change one entry; `bitmap` counts with extended L2 only."""
+        words = array("Q", (entry, bitmap) if self._extended else (entry,))
+        plan.changes.append(Change(old.guest_offset, 1, words))
+
     # --- writing --------------------------------------------------------------------------------
 
     def write(self, guest_offset: int, length: int, source: Source = Source.REQUEST) -> Plan:
@@ -219,6 +230,8 @@ class Planner:
             CorruptImageError: An entry is wrong; nothing was changed.
         """
         plan = Plan()
+        if self._write_untouched(plan, guest_offset, guest_offset + length, source):
+            return plan
         olds = []
         position, end = guest_offset, guest_offset + length
         while position < end:
@@ -237,6 +250,43 @@ class Planner:
             else:
                 self._write_new(plan, old, start, stop, source, *next(hosts))
         return plan
+
+    def _write_untouched(self, plan: Plan, start: int, end: int, source: Source) -> bool:
+        """Into new clusters where nothing is, and nothing below counts: all of them at once.
+
+        This is how most new data comes. What it does, the other methods would do too.
+
+        Returns:
+            False: something is there; the plan is empty.
+        """
+        if self._extended or self._data_file:
+            return False
+        mask = self._cluster_size - 1
+        if self._has_backing and (start | end) & mask:
+            return False
+        l2, bits = self._l2, self._cluster_bits
+        first = start >> bits
+        count = (end - 1 >> bits) - first + 1
+        index = first & l2.slice_mask
+        table = l2.need_slice(start >> l2.slice_bits)
+        if any(table[index : index + count]):
+            return False
+        plan.allocated = self._refcounts.allocate(count)
+        position = first << bits
+        for host_cluster, count in plan.allocated:
+            host_offset, stop = host_cluster << bits, position + (count << bits)
+            shift = host_offset - position
+            head, tail = max(start, position), min(end, stop)
+            virgin = self._refcounts.take_virgin(host_cluster, count)
+            if not virgin:
+                plan.add(position, host_offset, head - position, Source.ZERO)
+            plan.add(head, head + shift, tail - head, source)
+            if not virgin:
+                plan.add(tail, tail + shift, stop - tail, Source.ZERO)
+            entries = range(host_offset | COPIED, stop + shift | COPIED, self._cluster_size)
+            plan.changes.append(Change(position, count, array("Q", entries)))
+            position = stop
+        return True
 
     def _allocate(self, plan: Plan, guest_offsets: list[int]) -> list[tuple[int, bool]]:
         """(host offset, whether it reads as zero) for each guest cluster, in order."""
@@ -277,7 +327,7 @@ class Planner:
         plan.add(start, start + shift, stop - start, source)
         plan.add(stop, stop + shift, tail - stop, edge)
         if entry != old.entry or bitmap != old.bitmap:
-            plan.changes.append(Change(old.guest_offset, entry, bitmap))
+            self._set(plan, old, entry, bitmap)
 
     def _write_new(
         self,
@@ -305,7 +355,7 @@ class Planner:
         plan.add(start, start + shift, stop - start, source)
         plan.add(stop, stop + shift, tail - stop, edge)
         bitmap = ALLOCATED_BITS if self._extended else 0
-        plan.changes.append(Change(old.guest_offset, host_offset | COPIED, bitmap))
+        self._set(plan, old, host_offset | COPIED, bitmap)
 
     def _write_new_subclusters(
         self, plan: Plan, old: _Old, start: int, stop: int, source: Source, host_offset: int
@@ -324,7 +374,7 @@ class Planner:
             if not first <= number <= last and old.bitmap >> number & 1:
                 plan.add(head, head + shift, size, Source.OLD)
         bitmap = _with_allocated(old.bitmap, first, last)
-        plan.changes.append(Change(old.guest_offset, host_offset | COPIED, bitmap))
+        self._set(plan, old, host_offset | COPIED, bitmap)
 
     def _subclusters(self, old: _Old, start: int, stop: int) -> tuple[int, int]:
         """Numbers of the first and the last subcluster that a range touches."""
@@ -352,15 +402,15 @@ class Planner:
                 if stop - start < self._cluster_size:
                     self._zero_subclusters(plan, old, start, stop)
                     continue
-                change = Change(old.guest_offset, keep, ALLOCATED_BITS << ZERO_SHIFT)
+                entry, bitmap = keep, ALLOCATED_BITS << ZERO_SHIFT
             elif self._version >= 3:
-                change = Change(old.guest_offset, keep | READS_AS_ZERO)
+                entry, bitmap = keep | READS_AS_ZERO, 0
             elif self._has_backing:
                 raise WriteInstead
             else:
-                change = Change(old.guest_offset, 0)
+                entry = bitmap = 0
             self._drop(plan, old)
-            plan.changes.append(change)
+            self._set(plan, old, entry, bitmap)
         return plan
 
     def _zero_subclusters(self, plan: Plan, old: _Old, start: int, stop: int) -> None:
@@ -374,7 +424,7 @@ class Planner:
         if not bitmap & ALLOCATED_BITS and not self._data_file:
             self._drop(plan, old)
             entry = 0
-        plan.changes.append(Change(old.guest_offset, entry, bitmap))
+        self._set(plan, old, entry, bitmap)
 
     def allocate_zeroes(self, guest_offset: int, length: int) -> Plan:
         """Plan to give whole clusters host space of their own while they read as zero.
@@ -398,7 +448,7 @@ class Planner:
             )
             flag = 0 if self._extended else READS_AS_ZERO
             bitmap = ALLOCATED_BITS << ZERO_SHIFT if self._extended else 0
-            plan.changes.append(Change(old.guest_offset, host_offset | COPIED | flag, bitmap))
+            self._set(plan, old, host_offset | COPIED | flag, bitmap)
         return plan
 
     def unmap(self, guest_offset: int, length: int) -> Plan:
@@ -414,7 +464,7 @@ class Planner:
             if stop - start < self._cluster_size:
                 continue
             self._drop(plan, old)
-            plan.changes.append(Change(old.guest_offset, 0))
+            self._set(plan, old, 0)
         return plan
 
     def _clusters(self, guest_offset: int, length: int) -> list[tuple[_Old, int, int]]:
@@ -438,13 +488,11 @@ class Planner:
         """
         l2 = self._l2
         table: array[int] | None = None
-        for guest_offset, entry, bitmap in plan.changes:
+        for guest_offset, _, words in plan.changes:
             if table is None:
                 table = l2.change_slice(guest_offset >> l2.slice_bits)
             index = (guest_offset >> self._cluster_bits & l2.slice_mask) * l2.entry_words
-            table[index] = entry
-            if self._extended:
-                table[index + 1] = bitmap
+            table[index : index + len(words)] = words
         self._refcounts.dropped.update(plan.dropped)
 
     def give_up(self, plan: Plan) -> None:

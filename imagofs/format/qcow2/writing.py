@@ -180,16 +180,23 @@ class Writer:
         except (Missing, TableFull, CorruptImageError):
             return False
         try:
-            if all(piece.source is not Source.OLD for piece in plan.pieces) and all(
-                self._data_storage.writev_nowait(buffers, host_offset) == total_length(buffers)
-                for host_offset, buffers in self._writes(plan, [view], guest_offset, {})
-            ):
+            if self._write_pieces_nowait(plan, view, guest_offset):
                 self._commit(plan)
                 return True
         except Missing:
             pass
         self._planner.give_up(plan)
         return False
+
+    def _write_pieces_nowait(self, plan: Plan, view: memoryview, guest_offset: int) -> bool:
+        for piece in plan.pieces:
+            if piece.source is Source.OLD:
+                return False
+        write = self._data_storage.writev_nowait
+        for host_offset, buffers in self._writes(plan, [view], guest_offset, {}):
+            if write(buffers, host_offset) != total_length(buffers):
+                return False
+        return True
 
     async def _write(
         self, views: list[memoryview], guest_offset: int, length: int, source: Source
@@ -251,9 +258,9 @@ class Writer:
         """Enter the mappings and tell who keeps copies of them. A plain function."""
         self._planner.commit(plan)
         if plan.changes:
-            first = plan.changes[0].guest_offset
-            last = plan.changes[-1].guest_offset + self._cluster_size
-            self._driver.mapping_changed(first, last - first)
+            first, last = plan.changes[0].guest_offset, plan.changes[-1]
+            end = last.guest_offset + last.clusters * self._cluster_size
+            self._driver.mapping_changed(first, end - first)
 
     async def read_current(self, views: list[memoryview], guest_offset: int) -> None:
         """What the guest reads now; past the end of the disk or of a layer below: zeroes."""
