@@ -271,10 +271,17 @@ class Storage(ABC):
 
     async def read_table(self, length: int, offset: int) -> bytearray:
         """`length` bytes from `offset` on, in line if that needs no waiting: for metadata."""
+        data = self.read_table_nowait(length, offset)
+        if data is None:
+            data = bytearray(length)
+            await self.readv([memoryview(data)], offset)
+        return data
+
+    def read_table_nowait(self, length: int, offset: int) -> bytearray | None:
+        """`length` bytes from `offset` on if that needs no waiting, else None. A plain function."""
         data = bytearray(length)
-        view = memoryview(data)
-        if length and self.readv_nowait((view,), offset) != length:
-            await self.readv([view], offset)
+        if length and self.readv_nowait((memoryview(data),), offset) != length:
+            return None
         return data
 
     async def writev(self, buffers: Iterable[Buffer] | IoVector, offset: int) -> None:

@@ -348,6 +348,7 @@ class FileStorage(InlineStorage):
                 self._write_fd = -1
                 raise self._error("sync", error) from error
             self._syncs_done = number
+            self._note_sync()
 
     async def invalidate_cache(self) -> None:
         """Let the kernel drop the file's clean pages, and ask for its size anew."""

@@ -30,6 +30,12 @@ _PAUSE_FACTOR = 10
 #: Slow writes with no more than this between them (seconds), a pause left out, are in turn.
 _IN_TURN = 0.02
 
+#: A sync after no more bytes than this makes a file one that is synced often: from then on the
+#: device is given what was written each time that it is this much, so that the sync waits for less.
+_OFTEN = 64 << 20
+_HAND_OVER = 1 << 20
+_NEVER = 1 << 63
+
 # Where the file system does not know RWF_NOWAIT, nobody can say whether a read waits. It is done in
 # line all the same, which suits a tmpfs, unless several in turn took longer than this.
 _SLOW_READ = 0.0005
@@ -54,6 +60,9 @@ class InlineStorage(Storage):
         self._write_inline_from = 0.0
         self._slow_reads = 0
         self._slow_write_end = 0.0  # when the last slow in-line write ended
+        self._written = 0  # bytes written in line since the last hand-over or sync
+        self._handed_over = 0  # bytes handed over since the last sync
+        self._hand_over_at = _NEVER
 
     def size(self) -> int:
         """The size in bytes, kept current by this storage's own writes and resizes."""
@@ -128,9 +137,24 @@ class InlineStorage(Storage):
             return 0
         if offset + done > self._size and done:
             self._size = offset + done
+        self._written += done
+        if self._written >= self._hand_over_at:
+            self._hand_over()
         end = _monotonic()
         if end - start > SLOW_WRITE:
             in_turn = start - self._slow_write_end < _IN_TURN
             pause = max(PAUSE, (end - start) * _PAUSE_FACTOR) if in_turn else 0.0
             self._write_inline_from = self._slow_write_end = end + pause
         return done
+
+    def _hand_over(self) -> None:
+        """Let the device begin with what was written. Errors are left to the next sync."""
+        syscalls.start_write_out(self._write_fd)
+        self._handed_over += self._written
+        self._written = 0
+
+    def _note_sync(self) -> None:
+        """Count a sync that has ended."""
+        often = self._handed_over + self._written <= _OFTEN
+        self._hand_over_at = _HAND_OVER if often else _NEVER
+        self._written = self._handed_over = 0

@@ -26,6 +26,7 @@ __all__ = [
     "logical_block_size",
     "punch_hole",
     "read_full",
+    "start_write_out",
     "write_full",
     "write_zero_bytes",
     "zero_range",
@@ -40,6 +41,7 @@ UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
+_SYNC_FILE_RANGE_WRITE = 2
 _BLKSSZGET = 0x1268
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
@@ -144,6 +146,17 @@ def zero_range(fd: int, offset: int, length: int) -> None:
         OSError: EOPNOTSUPP where the file system cannot; or what it met.
     """
     _fallocate(fd, _FALLOC_FL_ZERO_RANGE, offset, length)
+
+
+def start_write_out(fd: int) -> None:
+    """Have the device begin to write what the page cache holds of a file, without waiting for it.
+
+    What fails is told by the next fdatasync(), as if that had begun it.
+    """
+    libc = _load_libc()
+    import ctypes
+
+    libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def extent_at(fd: int, offset: int, size: int) -> tuple[bool, int]:

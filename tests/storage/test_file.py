@@ -20,6 +20,7 @@ from imagofs.storage import (
     PreallocateMode,
     StorageOpenOptions,
     inline,
+    syscalls,
 )
 from tests.storage.drivers import loop_device
 from tests.storage.files import WRITABLE, read, views
@@ -370,6 +371,36 @@ async def test_slow_writes_pause_the_in_line_ones_and_not_the_reads(tmp_path, mo
         assert write(0.0) == 0
         clock.now += 0.2
         assert [write(0.0) for _ in range(3)] == [512] * 3
+
+
+async def test_a_file_that_is_synced_often_is_written_out_early(tmp_path, monkeypatch):
+    begun = []
+    start = syscalls.start_write_out
+
+    def counted(fd):
+        begun.append(fd)
+        start(fd)
+
+    monkeypatch.setattr(syscalls, "start_write_out", counted)
+    (tmp_path / "file").touch()
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        part = views(os.urandom(256 << 10))
+
+        def write(parts):
+            for number in range(parts):
+                assert storage.writev_nowait(part, number << 18) == part[0].nbytes
+            return len(begun)
+
+        assert write(16) == 0  # nobody has asked for a sync yet
+        await storage.sync()
+        assert [write(3), write(1), write(7)] == [0, 1, 2]
+        await storage.sync()
+        assert [write(3), write(1)] == [2, 3]
+        monkeypatch.setattr(inline, "_OFTEN", (1 << 20) - 1)  # as if that had been very much
+        await storage.sync()
+        assert write(16) == 3
+        await storage.sync()
+    assert (tmp_path / "file").read_bytes() == bytes(part[0]) * 16
 
 
 async def test_reads_in_line_where_nobody_can_say_whether_they_wait(tmp_path, monkeypatch):
