@@ -9,10 +9,13 @@ import pytest
 
 from imagofs.access import FormatAccess
 from imagofs.errors import CorruptImageError
+from imagofs.format.qcow2.driver import Qcow2
 from imagofs.gate import PermissiveImplicitOpenGate
 from imagofs.opening import open_image
+from imagofs.storage import FileStorage, StorageOpenOptions
 from tests import qemu
 from tests.support.qcow2_oracle import Layout, check, data_clusters, read_disk
+from tests.support.storages import Log, RecordingStorage
 
 
 async def writable(path: Path, metadata_bytes: int | None = None) -> FormatAccess:
@@ -248,3 +251,42 @@ async def test_clusters_of_a_block_that_a_shrink_took_away(new_image) -> None:
     await image.close()
     assert_sound(path, contents)
     assert path.stat().st_size < 700 << 10
+
+
+async def test_changed_parts_of_a_table_are_written_together_and_nothing_else_with_them(
+    new_image,
+) -> None:
+    """With 16 KiB clusters a table has four slices, and guest data may lie right behind it."""
+    cluster, reach = 16 << 10, 512 * (16 << 10)  # of a slice
+    path = new_image("64M", cluster_size=cluster)
+    contents = bytearray(64 << 20)
+    recorder = RecordingStorage(
+        await FileStorage.open(path, StorageOpenOptions(writable=True)), Log()
+    )
+    image = FormatAccess(await Qcow2.open(recorder, writable=True))
+
+    async def write(guest_offset: int, byte: int) -> None:
+        data = bytes([byte]) * cluster
+        await image.write(data, guest_offset)
+        contents[guest_offset : guest_offset + cluster] = data
+
+    for slice_number in range(8):  # two tables, with data of the first slices between them
+        await write(slice_number * reach, 1 + slice_number)
+    await image.sync()
+    first = first_l2_table(path)
+    for slices, tables in (((0, 3), [(first, cluster)]), ((1,), [(first + 4096, 4096)])):
+        recorder.log.records.clear()
+        for slice_number in slices:
+            await write(slice_number * reach + cluster, 9 + slice_number)
+        await image.flush()
+        written = [(r.offset, r.length) for r in recorder.log.records if r.kind == "write"]
+        assert [place for place in written if first <= place[0] < first + cluster] == tables
+    recorder.log.records.clear()
+    await write(3 * reach + 2 * cluster, 20)
+    await write(4 * reach + 2 * cluster, 21)  # in the next table
+    await image.flush()
+    lengths = [r.length for r in recorder.log.records if r.kind == "write"]
+    assert lengths.count(4096) == 2
+    assert max(lengths) == cluster  # the data
+    await image.close()
+    assert_sound(path, contents)

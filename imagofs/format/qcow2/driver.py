@@ -222,7 +222,8 @@ class Qcow2(FormatDriver):
 
     def entry_at(self, guest_offset: int) -> int:
         l2 = self._l2
-        table = l2.slice_nowait(guest_offset >> l2.slice_bits)
+        number = guest_offset >> l2.slice_bits
+        table = l2.slice_nowait(number) or l2.load_slice_nowait(number)
         if table is None:
             return NOT_CACHED if l2.l1[guest_offset >> l2.l1_bits] & OFFSET_MASK else INDIRECT
         index = guest_offset >> self._cluster_bits & l2.slice_mask

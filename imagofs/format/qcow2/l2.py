@@ -24,6 +24,7 @@ from .header import Header
 __all__ = ["L2Tables", "Missing", "with_tables"]
 
 _SLICE_BYTES = 4096
+_LARGEST_STEP = 32 << 10  # between changed slices that are written together
 
 
 class Missing(Exception):
@@ -86,7 +87,6 @@ class L2Tables:
         self.flushes = 0
         self.cache = cache
         self.namespace = cache.namespace()
-        self._empty = array("Q", bytes(self.slice_bytes))
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -116,6 +116,25 @@ class L2Tables:
             )
         return offset
 
+    def load_slice_nowait(self, number: int) -> array[int] | None:
+        """Bring a slice into memory if that needs no waiting. A plain function.
+
+        Returns:
+            None: `load_slice` says why.
+        """
+        try:
+            place = self.slice_place(number)
+        except CorruptImageError:
+            return None
+        data = self._storage.read_table_nowait(self.slice_bytes, place) if place else None
+        return self._keep(number, from_big_endian(data)) if data else None
+
+    def _keep(self, number: int, table: array[int]) -> array[int]:
+        """Keep a slice as it is in the file."""
+        self._alive[number] = table
+        self.cache.put(self.namespace + number, table)
+        return table
+
     async def load_slice(self, number: int) -> array[int] | None:
         """Bring a slice into memory; None where there is no L2 table.
 
@@ -137,9 +156,7 @@ class L2Tables:
             if found is not None:
                 return found
             if self.slice_place(number) == place and self.flushes == flushes:
-                table = self._alive[number] = from_big_endian(data)
-                self.cache.put(self.namespace + number, table)
-                return table
+                return self._keep(number, from_big_endian(data))
 
     def slice_place(self, number: int) -> int:
         """Host offset of a slice, 0 where there is no L2 table."""
@@ -192,6 +209,31 @@ class L2Tables:
         self.l1[index] = 0
         self.dirty_l1.add(index)
 
-    def encoded(self, number: int) -> bytes:
-        """A changed slice's bytes as the file has them."""
-        return to_big_endian(self.dirty[number])
+    def encoded(self) -> list[tuple[int, bytearray]]:
+        """The changed slices as the file has them: (host offset, bytes).
+
+        Where some of one table lie close together, what the file has between them comes along
+        unchanged: a few bytes more cost less than a write more.
+        """
+        groups: list[list[int]] = []
+        last = -1 << self._slices_per_table_bits  # in another table than any
+        for number in sorted(self.dirty):
+            same_table = not (number ^ last) >> self._slices_per_table_bits
+            if same_table and (number - last) * self.slice_bytes <= _LARGEST_STEP:
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+            last = number
+        return [write for group in groups for write in self._encoded_together(group)]
+
+    def _encoded_together(self, numbers: list[int]) -> list[tuple[int, bytearray]]:
+        size, first = self.slice_bytes, numbers[0]
+        place = self.slice_place(first)
+        length = (numbers[-1] + 1 - first) * size
+        data = self._storage.read_table_nowait(length, place) if numbers[1:] else bytearray(size)
+        if data is None:
+            return [write for number in numbers for write in self._encoded_together([number])]
+        for number in numbers:
+            start = (number - first) * size
+            data[start : start + size] = to_big_endian(self.dirty[number])
+        return [(place, data)]

@@ -54,7 +54,7 @@ class _Cut:
     blocks: list[tuple[int, bytes]]
     new_blocks: list[tuple[int, bytes]]
     reftable: list[tuple[int, bytes]]
-    slices: list[tuple[int, bytes]]
+    slices: list[tuple[int, bytearray]]
     l1: list[tuple[int, bytes]]
     # What is put back if the flush does not end.
     dirty_sectors: dict[int, set[int]]
@@ -131,7 +131,7 @@ class Metadata:
             blocks=blocks,
             new_blocks=new_blocks,
             reftable=_table_sectors(refcounts.table, refcounts.new_blocks, header.reftable_offset),
-            slices=sorted((l2.slice_place(number), l2.encoded(number)) for number in l2.dirty),
+            slices=l2.encoded(),
             l1=_table_sectors(l2.l1, l2.dirty_l1, header.l1_offset),
             dirty_sectors=refcounts.dirty_sectors,
             new_block_indexes=refcounts.new_blocks,
@@ -267,11 +267,11 @@ class Metadata:
             if index not in refcounts.dirty_sectors:
                 refcounts.blocks.pop(index, None)
 
-    async def _write_all(self, changes: list[tuple[int, bytes]]) -> None:
+    async def _write_all(self, changes: Iterable[tuple[int, bytes | bytearray]]) -> None:
         for place, data in changes:
             await self.write(place, data)
 
-    async def write(self, host_offset: int, data: bytes | memoryview) -> None:
+    async def write(self, host_offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write metadata to the image file."""
         view = memoryview(data)
         if self.storage.writev_nowait((view,), host_offset) != view.nbytes:
