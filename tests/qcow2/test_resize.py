@@ -79,8 +79,8 @@ def test_grow_and_shrink(recipe: str) -> None:
     for size in (odd + 512, odd + 200 * K, 700 * M, 510 * K, 4 * M):
         resize(str(size), "--shrink")
         qemu.check(image)
-        contents = contents[:size].ljust(size, b"\0")
         if size < 100 * M:
+            contents = contents[:size].ljust(size, b"\0")
             assert qemu.contents(image) == contents, size
         else:
             qemu.qemu_io(image, f"read -P 0 {odd + 200 * K} 6M", f"read -P 0 {size - M} 1M")
