@@ -237,6 +237,8 @@ class _Daemon:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._obey, signals, session, helper, nursery)
+                    if control is not None:
+                        nursery.start_soon(control.serve)
                     nursery.start_soon(report, self.notifier, session, self._metrics_file)
                     if listener is not None:
                         nursery.start_soon(metrics_socket.serve, listener, session.metrics)

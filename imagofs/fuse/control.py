@@ -17,6 +17,7 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
 from typing import Self
 
 __all__ = ["Connection", "ControlSocket", "EndedEarly"]
@@ -71,11 +72,17 @@ class ControlSocket:
                     raise
             time.sleep(0.005)
 
-    def stop_listening(self) -> None:
-        """Give the name up: the mount is gone, and the next one may have its number.
+    async def serve(self) -> None:
+        """Let clients in until `stop_listening`, so that those who gave up make room for others."""
+        import trio
 
-        Who has connected before is told how it ends all the same.
-        """
+        with suppress(trio.ClosedResourceError):
+            while True:
+                await trio.lowlevel.wait_readable(self._socket)
+                self._accept()
+
+    def _accept(self) -> None:
+        """Let in who waits, and forget who hung up."""
         while True:
             try:
                 client, _ = self._socket.accept()
@@ -85,6 +92,25 @@ class ControlSocket:
                 self._clients.append(client)
             else:
                 client.close()
+        hung_up = select.poll()
+        by_number = {client.fileno(): client for client in self._clients}
+        for number in by_number:
+            hung_up.register(number, 0)
+        for number, _ in hung_up.poll(0):
+            self._clients.remove(by_number[number])
+            by_number[number].close()
+
+    def stop_listening(self) -> None:
+        """Give the name up: the mount is gone, and the next one may have its number.
+
+        Who has connected before is told how it ends all the same. Called in trio's thread.
+        """
+        if self._socket.fileno() < 0:
+            return
+        import trio
+
+        self._accept()
+        trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
 
     def end(self, lost: str) -> None:
@@ -122,7 +148,7 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.settimeout(_CONNECT_SECONDS)
-            self._socket.connect(_name(device))
+            self._connect(_name(device))
             self._socket.settimeout(None)
             #: The daemon's process ID, as seen from here.
             self.process, user = _peer(self._socket)
@@ -132,6 +158,18 @@ class Connection:
         except BaseException:
             self._socket.close()
             raise
+
+    def _connect(self, name: str) -> None:
+        """Connect; many may ask at once, and wait for the daemon to let them in."""
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while True:
+            try:
+                self._socket.connect(name)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def wait(self) -> str:
         """Wait until the daemon has ended.

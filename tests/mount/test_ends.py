@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from imagofs.fuse import mounts
+from imagofs.fuse.control import Connection
 from tests.mount.mounting import (
     PROGRAM,
     Mounted,
@@ -112,6 +113,21 @@ def test_busy(both: Both, raw_image: Path) -> None:
         done = imagofs("umount", mounted.path, ok=1)
         assert done.stderr.count("\n") == 1 and f"process {os.getpid()}" in done.stderr
         assert mounted.file.read_bytes() == raw_image.read_bytes()
+    mounted.umount()
+
+
+def test_umount_is_refused_again_and_again(mount: MountImage, raw_image: Path) -> None:
+    """Who gave up takes no room from who comes later, and no descriptor of the daemon's."""
+    mounted = mount(raw_image)
+    descriptors = Path(f"/proc/{mounted.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    device = mount_at(mounted.path).device  # type: ignore[union-attr]
+    with mounted.file.open("rb"):
+        for _ in range(200):
+            with Connection(device, os.geteuid()):
+                pass
+        assert "in use" in imagofs("umount", mounted.path, ok=1).stderr
+    wait_until(lambda: len(list(descriptors.iterdir())) <= before + 1)
     mounted.umount()
 
 
