@@ -77,6 +77,7 @@ class Disk:
         self._writes: set[int] = set()
         self._write_tickets = count()
         self._write_ended = trio.lowlevel.ParkingLot()
+        self._growing = trio.Lock()
 
     @property
     def size(self) -> int:
@@ -184,9 +185,15 @@ class Disk:
         self.check_writable()
         current = self.size
         if size > current:
-            await self.access.resize(size)
+            await self._grow(size)
         elif size < current and not (by_name and size == 0):
             raise Refusal(errno.EPERM)
+
+    async def _grow(self, size: int) -> None:
+        """Grow to `size`, unless somebody else has made it larger still meanwhile."""
+        async with self._growing:
+            if size > self.size:
+                await self.access.resize(size)
 
     def check_writable(self) -> None:
         """Raise Refusal (EROFS) on a read-only mount."""
@@ -303,7 +310,7 @@ class Disk:
             if mode & KEEP_SIZE:
                 end = self.size
             else:
-                await self.access.resize(end)
+                await self._grow(end)
         if guest_offset >= end:
             return
         if what == PUNCH_HOLE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import trio.testing
 
 from imagofs.access import FormatAccess
 from imagofs.errors import SyncLostError
+from imagofs.fuse.disk import Disk
 from imagofs.storage.memory import MemoryStorage
 from tests.support.qcow2_oracle import Layout, check, read_disk
-from tests.support.storages import FaultyStorage, WrappedStorage
+from tests.support.storages import FaultyStorage, SlowStorage, WrappedStorage
 from tests.trust import crash
 from tests.trust.history import SECTOR
 
@@ -158,6 +160,19 @@ async def test_a_data_file_is_not_punched_under_a_read(tmp_path: Path) -> None:
     assert buffer == before
     await image.read(buffer, 0)
     assert buffer == files.backing[:4096]
+    await image.close()
+
+
+async def test_two_that_grow_the_disk(files: crash.Files) -> None:
+    """The one that wants less does not cut off what the other one got."""
+    storage = SlowStorage(MemoryStorage(files.image))
+    image = await crash.open_files(storage, None, files, writable=True)
+    disk = Disk(image, writable=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(disk.truncate, 3 << 20, by_name=False))
+        nursery.start_soon(partial(disk.truncate, 1 << 20, by_name=False))
+        nursery.start_soon(disk.allocate, 0, (2 << 20) - SECTOR, SECTOR)
+    assert disk.size == 3 << 20
     await image.close()
 
 
