@@ -157,6 +157,8 @@ class FormatAccess(ReadAccess):
 
         async def work() -> None:
             for part, offset in queue:
+                # Again: meanwhile the disk may have become smaller.
+                self._check_write(offset, total_length(part))
                 await self.driver.writev(part, offset)
 
         await run_parallel(work, min(self._write_parallelism, len(pieces)))

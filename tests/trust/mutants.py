@@ -31,6 +31,7 @@ SUITES = {
     "walk": "tests/trust/test_walk.py",
     "interrupted": "tests/trust/test_interrupted.py",
     "faults": "tests/trust/test_faults.py",
+    "resize_races": "tests/trust/test_resize_races.py",
     "allocation": "tests/qcow2/test_allocation.py",
     "small_caches": "tests/qcow2/test_small_caches.py",
 }
@@ -593,6 +594,40 @@ MUTANTS = (
 """,
     ),
     Mutant(
+        "resize_races",
+        "a disk becomes smaller under requests that were let in before",
+        "resizing.py",
+        """\
+        await driver.changes.wait_for_earlier()
+""",
+        "",
+    ),
+    Mutant(
+        "faults",
+        "a write that failed is reported as success",
+        "metadata.py",
+        """\
+        for place, data in changes:
+            await self.write(place, data)
+""",
+        """\
+        for place, data in changes:
+            try:
+                await self.write(place, data)
+            except ImagofsError:
+                pass
+""",
+    ),
+    Mutant(
+        "faults",
+        "a flush that failed forgets what it had to write",
+        "metadata.py",
+        """\
+            self._put_back(cut)
+            raise""",
+        "            raise",
+    ),
+    Mutant(
         "small_caches",
         "tables that are needed together push each other out",
         "writing.py",
@@ -610,7 +645,7 @@ def run_tests(tree: Path, suites: list[str]) -> int:
     """The exit code of pytest: 0 if all passed, 1 if tests failed and nothing else did."""
     # The same seeds each time: a mutant that is noticed once is noticed always.
     seeds = {"IMAGOFS_CRASH_SEED": "11", "IMAGOFS_WALK_SEED": "77", "IMAGOFS_CONCURRENCY_SEED": "5"}
-    seeds["IMAGOFS_FAULTS_SEED"] = "3"
+    seeds |= {"IMAGOFS_FAULTS_SEED": "3", "IMAGOFS_RESIZE_SEED": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *suites]
     done = subprocess.run(
         command, cwd=tree, env={**os.environ, **seeds}, capture_output=True, timeout=1200

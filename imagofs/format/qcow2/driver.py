@@ -44,6 +44,7 @@ from .clusters import (
 )
 from .compressed import CompressedClusters, NotCompressed
 from .entries import COMPRESSED, COPIED, OFFSET_MASK
+from .epochs import IoEpochs
 from .facts import format_facts
 from .header import Header
 from .metadata import Metadata
@@ -95,6 +96,9 @@ class Qcow2(FormatDriver):
         self._granule_bits = self.granularity.bit_length() - 1
         #: Guest ranges that are being written, zeroed or discarded.
         self.locks = RangeLocks()
+        #: Requests that write, zero or discard: a disk that becomes smaller waits for those that
+        #: were let in while it was larger.
+        self.changes = IoEpochs()
         self.begin_io = metadata.epochs.begin  # type: ignore[method-assign]
         self.end_io = metadata.epochs.end  # type: ignore[method-assign]
         self._compressed = CompressedClusters(
@@ -401,18 +405,36 @@ class Qcow2(FormatDriver):
         return self._writer
 
     async def writev(self, views: Sequence[memoryview], guest_offset: int) -> None:
-        await self._writing().writev(list(views), guest_offset)
+        token = self.changes.begin()
+        try:
+            await self._writing().writev(list(views), guest_offset)
+        finally:
+            self.changes.end(token)
 
     async def write_zeroes(self, guest_offset: int, length: int, *, allocate: bool = False) -> None:
-        await self._writing().write_zeroes(guest_offset, length, allocate=allocate)
+        token = self.changes.begin()
+        try:
+            await self._writing().write_zeroes(guest_offset, length, allocate=allocate)
+        finally:
+            self.changes.end(token)
 
     async def discard(self, guest_offset: int, length: int, to: DiscardTo) -> None:
-        await self._writing().discard(guest_offset, length, to)
+        token = self.changes.begin()
+        try:
+            await self._writing().discard(guest_offset, length, to)
+        finally:
+            self.changes.end(token)
 
     async def ensure_data_mapping(
         self, guest_offset: int, length: int, *, overwrite: bool
     ) -> RawMapping:
-        return await self._writing().ensure_data_mapping(guest_offset, length, overwrite=overwrite)
+        token = self.changes.begin()
+        try:
+            return await self._writing().ensure_data_mapping(
+                guest_offset, length, overwrite=overwrite
+            )
+        finally:
+            self.changes.end(token)
 
     async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
         writer = self._writing()

@@ -206,10 +206,9 @@ async def _shrink(driver: Qcow2, writer: Writer, old_size: int, size: int) -> No
     first = -(-size // unit) * unit
     try:
         driver.set_sizes(size, old_size)
+        # Whoever asked before is let through; whoever asks from now on sees the smaller disk.
+        await driver.changes.wait_for_earlier()
         if first < old_size:
-            # Whoever asked before is let through; whoever asks from now on sees the smaller disk.
-            async with driver.locks.hold(first, -(-old_size // unit) * unit):
-                pass
             await writer.discard(first, old_size - first, DiscardTo.BACKING)
             # No flush may be writing a table that goes.
             async with metadata.settled():
