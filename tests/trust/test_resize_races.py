@@ -17,6 +17,7 @@ from imagofs.errors import OutOfRangeError
 from imagofs.format.qcow2.driver import Qcow2
 from imagofs.storage.memory import MemoryStorage
 from tests.support.qcow2_oracle import check
+from tests.support.storages import SlowStorage
 from tests.trust import crash
 from tests.trust.history import SECTOR, ZEROES, describe, run_repeatably, tagged_range
 from tests.trust.test_concurrency import MoodySlowStorage
@@ -132,3 +133,28 @@ def test_tasks_while_the_size_changes(shape: crash.Shape, tmp_path: Path) -> Non
     for seed in range(SEED, SEED + RUNS):
         print(f"IMAGOFS_RESIZE_SEED={seed}")
         run_repeatably(work, shape, files, seed, seed=seed)
+
+
+def test_what_growing_left_behind_the_end_goes_with_the_end(tmp_path: Path) -> None:
+    """Version 2 hides a longer layer below with zeroes as data; then growing is cancelled."""
+    shape = crash.Shape("", 150 * K, "cluster_size=512,compat=0.10", ((0, 250),), backing=200 * K)
+    files = crash.make(shape, tmp_path)
+
+    async def grow_and_shrink(at: int) -> bool:
+        memory = MemoryStorage(files.image)
+        slow = SlowStorage(memory)
+        image = await crash.open_files(slow, None, files, writable=True)
+        with trio.CancelScope() as scope:
+            first = slow.pauses
+            slow.on_pause = lambda pause: scope.cancel() if pause == first + at else None
+            await image.resize(300 * K)
+        slow.on_pause = None
+        await image.resize(20 * K)
+        await image.close()
+        verdict = check(memory.to_bytes())
+        assert not verdict.errors
+        assert not verdict.leaked
+        return scope.cancelled_caught
+
+    cancelled = sum(trio.run(grow_and_shrink, at) for at in range(1, 400, 9))
+    assert cancelled > 10

@@ -204,12 +204,14 @@ async def _shrink(driver: Qcow2, writer: Writer, old_size: int, size: int) -> No
     metadata = driver.metadata
     unit = driver.header.cluster_size
     first = -(-size // unit) * unit
+    # Growing that was given up may have left mappings behind the end. They go as well.
+    end = max(old_size, _mapped_end(metadata))
     try:
-        driver.set_sizes(size, old_size)
+        driver.set_sizes(size, end)
         # Whoever asked before is let through; whoever asks from now on sees the smaller disk.
         await driver.changes.wait_for_earlier()
-        if first < old_size:
-            await writer.discard(first, old_size - first, DiscardTo.BACKING)
+        if first < end:
+            await writer.discard(first, end - first, DiscardTo.BACKING)
             # No flush may be writing a table that goes.
             async with metadata.settled():
                 _drop_tables(metadata, size)
@@ -224,6 +226,13 @@ async def _shrink(driver: Qcow2, writer: Writer, old_size: int, size: int) -> No
         if storage.size() > size:
             await storage.resize(size)
     await _cut_file(driver)
+
+
+def _mapped_end(metadata: Metadata) -> int:
+    """Where the last L2 table ends, in bytes of the guest's disk; 0 where there is none."""
+    l2 = metadata.l2
+    indexes = reversed(range(len(l2.l1)))
+    return next((index + 1 << l2.l1_bits for index in indexes if l2.l1[index] & OFFSET_MASK), 0)
 
 
 async def _cut_file(driver: Qcow2) -> None:
