@@ -5,6 +5,8 @@ the changes that no sync covered are applied to what was durable (all subsets wh
 random ones and torn writes where there are many). Each image that comes out must have nothing worse
 than leaks, each guest sector must hold what it may hold by then, and snapshots must be untouched.
 
+So are what creating an image and repairing one leave (`crash_others.py`).
+
     python -m tests.trust.crash --images 100000 --seed 1
 """
 
@@ -759,6 +761,22 @@ def run(
     return total
 
 
+def _try_others(seed: int, folder: Path, report: Callable[[str], object]) -> Tally:
+    """Creation and repair, with no more images than for each moment is worth its time."""
+    from tests.trust.crash_others import try_creation, try_repair
+
+    total = Tally()
+    for what, tally in (
+        ("creation", try_creation(seed, 600)),
+        ("repair", try_repair(seed, folder, 6)),
+    ):
+        report(f"{what}, seed {seed}: {tally}")
+        for line in tally.broken:
+            report(f"BROKEN: {line}")
+        total.add(tally)
+    return total
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Try what power cuts leave of qcow2 images.")
@@ -778,6 +796,7 @@ def main() -> int:
                 print(f"BROKEN: {line}")
         else:
             total = run(arguments.images, arguments.seed, Path(name), full=True, report=report)
+            total.add(_try_others(arguments.seed, Path(name), report))
     print(f"{total}; first seed {arguments.seed}")
     return 1 if total.broken else 0
 
