@@ -76,7 +76,11 @@ def mount(
     daemon = _Daemon(os.path.abspath(image), mountpoint, options, notifier)
     if foreground:
         log_to_stderr(verbosity)
-        return daemon.run(lambda: None)
+        try:
+            return daemon.run(lambda: None)
+        except _ToldToEnd as error:
+            log.info("%s", error)
+            return 0
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -153,6 +157,10 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     return 1
 
 
+class _ToldToEnd(StorageError):
+    """A signal came while the image was being opened: nothing is mounted."""
+
+
 class _Daemon:
     """What serves one mount.
 
@@ -210,9 +218,9 @@ class _Daemon:
         from . import metrics_socket
 
         confinement = self._prepare_confinement()
-        access = await self._open()
-        # Also while the end is written, nothing but SIGKILL ends the process early.
+        # From here on until the end is written nothing but SIGKILL ends the process early.
         with trio.open_signal_receiver(*_SIGNALS) as signals:
+            access = await self._open_unless_told_to_end(signals)
             try:
                 session = self._mount(access, helper)
             except BaseException:
@@ -262,6 +270,31 @@ class _Daemon:
                     if control is not None:
                         control.end(lost)
         return 1 if lost else 0
+
+    async def _open_unless_told_to_end(self, signals: AsyncIterator[int]) -> FormatAccess:
+        """Open the image; a signal ends that, and nothing of it is left."""
+        import trio
+
+        access: FormatAccess | None = None
+        error: ImagofsError | None = None
+
+        async def wait_for_signal() -> None:
+            async for number in signals:
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_signal)
+            try:
+                access = await self._open()
+            except ImagofsError as failure:  # not as a group
+                error = failure
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+        if access is None:
+            raise _ToldToEnd("told to end before it was mounted", error=errno.EINTR)
+        return access
 
     async def _open(self) -> FormatAccess:
         from . import gate as gates

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests import qemu
 from tests.conftest import NewImage
-from tests.mount.mounting import MountImage, imagofs, mounting
+from tests.mount.mounting import MountImage, imagofs, mounting, wait_until
 
 
 @pytest.fixture
@@ -93,6 +96,28 @@ def test_the_gate_still_judges(new_image: NewImage, mount: MountImage, tmp_path:
     mount(base, "overlay,deny")
     assert "backing file" in imagofs(image, tmp_path, "-o", "overlay,deny", ok=1).stderr
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_signal_while_it_is_opened(new_image: NewImage, tmp_path: Path, mount: object) -> None:
+    """Nothing of the overlay is left, and to end when told so is no failure."""
+    script = (
+        "import sys, trio, imagofs.overlaying\n"
+        "from imagofs.cli import main\n"
+        "async def never(*words, **named):\n"
+        "    await trio.sleep_forever()\n"
+        "imagofs.overlaying.open_image = never\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = [new_image("1M"), tmp_path, "-f", "-o", "overlay"]
+    command = [sys.executable, "-c", script, *map(str, words)]
+    folder = tmp_path / "temporary"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: any(file.stat().st_size for file in folder.iterdir()))
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, list(folder.iterdir())) == (0, [])
+    assert "told to end" in stderr and "Traceback" not in stderr
 
 
 def test_locks(new_image: NewImage, mount: MountImage) -> None:
