@@ -29,7 +29,9 @@ _IGNORED: Final = frozenset(
         for name in ("diratime", "relatime", "strictatime", "lazytime")
         for prefix in ("", "no")
     ]
-    + ["nousers", "nogroup", "noowner", "silent", "loud"]
+    + ["nousers", "nogroup", "noowner", "silent", "loud", "mand", "nomand"]
+    # Nothing here is a symbolic link, or has a version.
+    + ["symfollow", "nosymfollow", "iversion", "noiversion"]
 )
 #: The same, with or without a value; and the prefixes of what is for others.
 _COMMENTS: Final = frozenset(["comment", "user"])

@@ -61,8 +61,8 @@ def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None
         # No daemon: a stale mount, or one that only another network namespace can reach.
         if not mounts.is_dead(point) and not lazy:
             raise StorageError(
-                f"cannot reach the daemon to wait for it ({error.strerror or error}); unmount with "
-                f"umount(8) or -l",
+                f"cannot reach the daemon to wait for it ({error.strerror or error}): it runs in "
+                f"another namespace; 'umount -i' does not wait",
                 filename=point,
             ) from error
         _detach(point, lazy=True)
