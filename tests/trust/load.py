@@ -90,10 +90,12 @@ def fio_command(file: Path, seconds: float, seed: int) -> list[str]:
     ]  # fmt: skip
     return [
         *common,
-        *("--name=small", "--numjobs=16", "--rw=randrw", "--rwmixread=70", "--bs=4k"),
-        *("--ioengine=psync", "--fsync=500", "--direct=1", "--stonewall=0"),
+        *("--name=small", "--numjobs=8", "--rw=randrw", "--rwmixread=70", "--bs=4k"),
+        *("--ioengine=psync", "--direct=1", "--fsync=2000"),
         *("--name=deep", "--numjobs=8", "--rw=randrw", "--bssplit=4k/50:16k/30:128k/20"),
         *("--ioengine=libaio", "--iodepth=8", "--direct=1", "--fsync=0"),
+        *("--name=reads", "--numjobs=8", "--rw=randread", "--bsrange=4k-16k"),
+        *("--ioengine=psync", "--direct=1"),
         *("--name=cached", "--numjobs=8", "--rw=randread", "--bsrange=512-64k"),
         *("--ioengine=psync", "--direct=0"),
     ]
@@ -227,8 +229,15 @@ def growth(first: Sample, last: Sample) -> list[str]:
     ]
 
 
-def run(folder: Path, *, requests: int, seconds: float, seed: int) -> list[str]:
+def run(folder: Path, *, requests: int, seconds: float, at_most: float, seed: int) -> list[str]:
     """Rounds of load until there were so many requests after the first; then the end.
+
+    Args:
+        folder: For files.
+        requests: So many.
+        seconds: Of each round.
+        at_most: No round begins later than so many seconds from now.
+        seed: Of everything.
 
     Returns:
         What grew.
@@ -236,13 +245,14 @@ def run(folder: Path, *, requests: int, seconds: float, seed: int) -> list[str]:
     Raises:
         AssertionError: Something is not as it must be.
     """
+    deadline = time.monotonic() + at_most
     load = Load(folder, seed)
     counts: Counter[str] = Counter()
     try:
         first, counts = load.round(0, seconds)
         print(f"round 0: {first}", flush=True)
         last, number = first, 0
-        while last.requests < first.requests + requests:
+        while last.requests < first.requests + requests and time.monotonic() < deadline:
             number += 1
             last, beside = load.round(number, seconds)
             counts.update(beside)
@@ -260,6 +270,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Load a mount, and see that nothing grows.")
     parser.add_argument("--requests", type=int, default=1_000_000, help="after the first round")
     parser.add_argument("--seconds", type=float, default=30, help="of fio in each round")
+    parser.add_argument("--at-most", type=float, default=3600, help="seconds for all rounds")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="imagofs-load-", dir="/var/tmp") as name:
@@ -267,6 +278,7 @@ def main() -> int:
             Path(name),
             requests=arguments.requests,
             seconds=arguments.seconds,
+            at_most=arguments.at_most,
             seed=arguments.seed,
         )
     return 1 if grown else 0
