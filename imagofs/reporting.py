@@ -63,7 +63,11 @@ async def _write_metrics(session: Session, path: str, *, silent: bool) -> bool:
 
     def write() -> None:
         new = f"{path}.new"
-        with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            os.unlink(new)  # of a daemon that crashed; or a link, which is not to be followed
+        except FileNotFoundError:
+            pass
+        with open(new, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
         os.replace(new, path)
 

@@ -102,7 +102,9 @@ def test_watch_on_a_terminal(new_image: NewImage, mount: MountImage) -> None:
 def test_metrics(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None:
     """Prometheus' text format: each metric has its type and its help, once."""
     metrics = tmp_path / "imagofs.prom"
-    mounted = mount(new_image("1M", "disk.qcow2"), f"metrics={metrics}")
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "imagofs.prom.new").symlink_to("precious")
+    mounted = mount(new_image("1M", "disk.qcow2"), f"metrics={metrics}", "confine=off")
     wait_until(metrics.exists)
     lines = metrics.read_text().splitlines()
     assert len(lines) % 3 == 0 and len(lines) >= 30
@@ -112,7 +114,7 @@ def test_metrics(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None
         assert re.fullmatch(rf'{name}{{mountpoint="{mounted.path}"}} [0-9.e-]+', value)
         assert name.endswith("_total") == (kind.split()[3] == "counter")
     mounted.umount()
-    assert not metrics.exists()
+    assert not metrics.exists() and (tmp_path / "precious").read_text() == "precious"
 
 
 def ask(path: Path, request: bytes, *, close: bool = True) -> bytes:
