@@ -13,6 +13,8 @@ import enum
 import logging
 import os
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Literal
@@ -304,6 +306,31 @@ async def open_storage(
         return image
     options = replace(options or StorageOpenOptions(), writable=writable)
     return await _open_file(_path(image), options, lock)
+
+
+@asynccontextmanager
+async def layer_storage(
+    image: str | os.PathLike[str] | Storage,
+    *,
+    writable: bool,
+    options: StorageOpenOptions | None,
+    gate: ImplicitOpenGate | None,
+    lock: Locking,
+) -> AsyncIterator[tuple[Storage, OpenContext]]:
+    """For a driver's `open`: the image's storage, and the context of what the image refers to.
+
+    The storage is closed if the block fails.
+
+    Raises:
+        As `open_image`.
+    """
+    context = OpenContext.of(gate=gate, options=options, lock=lock)
+    storage = await open_storage(image, writable=writable, options=context.options, lock=lock)
+    try:
+        yield storage, context.within(storage)
+    except BaseException:
+        await _close(storage)
+        raise
 
 
 def _path(image: str | os.PathLike[str]) -> str:

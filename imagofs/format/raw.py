@@ -92,15 +92,12 @@ class Raw(FormatDriver):
             StorageError: The file cannot be opened.
             WrongTypeError: An argument of another type.
         """
-        from ..opening import OpenContext, open_storage
+        from ..opening import layer_storage
 
-        options = OpenContext.of(gate=gate, options=storage_options, lock=lock).options
-        storage = await open_storage(image, writable=writable, options=options, lock=lock)
-        try:
+        async with layer_storage(
+            image, writable=writable, options=storage_options, gate=gate, lock=lock
+        ) as (storage, _):
             return cls(storage, offset=offset, size=size, writable=writable)
-        except BaseException:
-            await storage.close()
-            raise
 
     @classmethod
     async def create(

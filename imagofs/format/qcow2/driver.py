@@ -149,24 +149,20 @@ class Qcow2(FormatDriver):
         Raises:
             As `open_image`.
         """
-        from ...opening import OpenContext, open_storage
+        from ...opening import layer_storage
         from .loading import load
 
-        context = OpenContext.of(gate=gate, options=storage_options, lock=lock)
-        storage = await open_storage(image, writable=writable, options=context.options, lock=lock)
-        try:
+        async with layer_storage(
+            image, writable=writable, options=storage_options, gate=gate, lock=lock
+        ) as (storage, context):
             return await load(
                 storage,
-                context=context.within(storage),
+                context=context,
                 writable=writable,
                 snapshot=snapshot,
                 backing=backing,
                 data_file=data_file,
             )
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await storage.close()
-            raise
 
     @classmethod
     async def create(

@@ -16,7 +16,7 @@ from ...caching import MetadataCache
 from ...errors import ChainError, FormatError, ImagofsError, UnsupportedError
 from ...gate import ImplicitOpenGate
 from ...inflating import InflatedCache
-from ...opening import FROM_HEADER, FromHeader, Locking, OpenContext, open_storage
+from ...opening import FROM_HEADER, FromHeader, Locking, OpenContext, layer_storage
 from ...storage.base import Storage, StorageOpenOptions
 from .descriptor import (
     MAX_DESCRIPTOR_BYTES,
@@ -86,20 +86,18 @@ async def open_path(
     from ...access import FormatAccess
 
     check_type("backing", backing, FormatAccess, FromHeader, NoneType)
-    context = OpenContext.of(gate=gate, options=options, lock=lock)
-    storage = await open_storage(image, writable=writable, options=context.options, lock=lock)
-    try:
+    async with layer_storage(image, writable=writable, options=options, gate=gate, lock=lock) as (
+        storage,
+        context,
+    ):
         return await open_vmdk(
             storage,
-            opener=context.within(storage),
+            opener=context,
             writable=writable,
             backing=backing,
             cache=context.cache,
             inflated=context.inflated,
         )
-    except BaseException:
-        await _close_quietly([storage])
-        raise
 
 
 async def open_vmdk(
