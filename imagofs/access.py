@@ -19,8 +19,15 @@ from typing import TYPE_CHECKING, Self
 import trio
 
 from .caching import MetadataCache
-from .errors import OutOfRangeError, ReadOnlyError, UnsupportedError, WrongTypeError
+from .errors import (
+    ClosedError,
+    OutOfRangeError,
+    ReadOnlyError,
+    UnsupportedError,
+    WrongTypeError,
+)
 from .format.base import HOST_OFFSET_MASK, IN_PLACE, STORAGE_MASK, DiscardTo, FormatDriver
+from .inflight import InFlight
 from .mapping import RawMapping
 from .parallel import run_parallel
 from .reading import ReadAccess, checked_parallelism
@@ -37,6 +44,25 @@ __all__ = ["FormatAccess"]
 
 #: A multiple of every cluster size, so that the pieces of a write share no cluster.
 _WRITE_PIECE = 2 << 20
+
+
+class _Changes(InFlight):
+    """Changes in flight. Those that a close could not wait for are not said to be made."""
+
+    __slots__ = ("_cut_off",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cut_off = False
+
+    def cut_off(self) -> None:
+        """Let what is still in flight raise ClosedError: it may be lost."""
+        self._cut_off = True
+
+    def __exit__(self, *exc_info: object) -> None:
+        super().__exit__(*exc_info)
+        if self._cut_off and exc_info[0] is None:
+            raise ClosedError("the image was closed meanwhile; the change may be lost")
 
 
 class FormatAccess(ReadAccess):
@@ -56,6 +82,8 @@ class FormatAccess(ReadAccess):
     def __init__(self, driver: FormatDriver, *, cache: MetadataCache | None = None) -> None:
         super().__init__(driver, cache=cache)
         self._write_parallelism = 1
+        self._changes = _Changes()
+        self._all_closed = trio.Event()
         #: Open layers that stand on this one.
         self._above: weakref.WeakSet[FormatDriver] = weakref.WeakSet()
         if driver.backing is not None:
@@ -141,10 +169,11 @@ class FormatAccess(ReadAccess):
         if len(views) == 1 and self.write_nowait(views[0], guest_offset):
             await trio.lowlevel.checkpoint()
             return
-        if self._write_parallelism > 1 and length > _WRITE_PIECE:
-            await self._write_pieces(views, guest_offset)
-        else:
-            await self.driver.writev(views, guest_offset)
+        with self._changes:
+            if self._write_parallelism > 1 and length > _WRITE_PIECE:
+                await self._write_pieces(views, guest_offset)
+            else:
+                await self.driver.writev(views, guest_offset)
 
     async def _write_pieces(self, views: list[memoryview], guest_offset: int) -> None:
         """Write piece by piece, some of them at the same time."""
@@ -171,7 +200,8 @@ class FormatAccess(ReadAccess):
         """
         self._check_write(guest_offset, length)
         if length:
-            await self.driver.write_zeroes(guest_offset, length, allocate=allocate)
+            with self._changes:
+                await self.driver.write_zeroes(guest_offset, length, allocate=allocate)
 
     async def discard_to_any(self, guest_offset: int, length: int) -> None:
         """Give a range's space back; what it reads as afterwards is undefined.
@@ -202,7 +232,8 @@ class FormatAccess(ReadAccess):
     async def _discard(self, guest_offset: int, length: int, to: DiscardTo) -> None:
         self._check_write(guest_offset, length)
         if length:
-            await self.driver.discard(guest_offset, length, to)
+            with self._changes:
+                await self.driver.discard(guest_offset, length, to)
 
     async def resize(self, size: int, preallocate: PreallocateMode = PreallocateMode.NONE) -> None:
         """Set the disk's size in bytes. What a larger size adds reads as zero.
@@ -220,7 +251,8 @@ class FormatAccess(ReadAccess):
             raise WrongTypeError(f"no size or no PreallocateMode: {size!r}, {preallocate!r}")
         if size < 0:
             raise OutOfRangeError(f"a size of {size} bytes", filename=self.filename)
-        await self.driver.resize(size, preallocate)
+        with self._changes:
+            await self.driver.resize(size, preallocate)
         self._map.forget(0, max(self.size(), size, 1))
 
     # --- mappings -------------------------------------------------------------------------------
@@ -245,7 +277,8 @@ class FormatAccess(ReadAccess):
         self._check_write(guest_offset, length)
         if not length:
             raise OutOfRangeError("a mapping has at least one byte", filename=self.filename)
-        return await self.driver.ensure_data_mapping(guest_offset, length, overwrite=overwrite)
+        with self._changes:
+            return await self.driver.ensure_data_mapping(guest_offset, length, overwrite=overwrite)
 
     async def ensure_zero_mapping(self, guest_offset: int, length: int) -> tuple[int, int]:
         """Make as much of a range as the format can say so read as zero; no data is written.
@@ -273,7 +306,8 @@ class FormatAccess(ReadAccess):
             end -= end % unit
         if start >= end:
             return guest_offset, 0
-        await self.driver.write_zeroes(start, end - start)
+        with self._changes:
+            await self.driver.write_zeroes(start, end - start)
         return start, end - start
 
     # --- durability -----------------------------------------------------------------------------
@@ -314,21 +348,30 @@ class FormatAccess(ReadAccess):
         self._cache.drop_namespace(self._namespace)
 
     async def close(self) -> None:
-        """Flush and sync, then close every file of the chain, even if that failed.
+        """Wait for the changes in flight, flush and sync; then close every file of the chain, even
+        if that failed or was cancelled.
 
-        A layer on which another open image stands stays open.
+        What is asked meanwhile raises `ClosedError`, and so does a change that a cancelled close
+        did not wait for. A layer on which another open image stands stays open.
 
         Raises:
             As `flush`. The image is closed all the same.
         """
         if self._closed:
+            await self._all_closed.wait()
             return
+        self._closed = True
         try:
-            await self.sync()
+            await self._changes.ended()
+            if self.writable:
+                await self.driver.sync()
         finally:
-            self._closed = True
+            self._changes.cut_off()
             with trio.CancelScope(shield=True):
-                await self._close_layers()
+                try:
+                    await self._close_layers()
+                finally:
+                    self._all_closed.set()
 
     async def _close_layers(self) -> None:
         below = self.driver.backing

@@ -27,6 +27,7 @@ from ..errors import (
     SyncLostError,
     UnsupportedError,
 )
+from ..inflight import InFlight
 from ..vectors import fill_views, split_views, total_length
 from . import syscalls
 from .base import PreallocateMode, StorageCreateOptions, StorageOpenOptions
@@ -86,8 +87,7 @@ class FileStorage(InlineStorage):
         self._syncs_begun = self._syncs_done = 0
         self._readers = trio.CapacityLimiter(_THREADS)
         self._writers = trio.CapacityLimiter(_THREADS)
-        self._in_flight = 0
-        self._idle: trio.Event | None = None
+        self._in_flight = InFlight()
         self._lock: ImageLock | None = None
 
     # --- opening ------------------------------------------------------------------------------
@@ -455,9 +455,7 @@ class FileStorage(InlineStorage):
         self.closed = True
         self._read_fd = self._write_fd = -1
         with trio.CancelScope(shield=True):
-            if self._in_flight:
-                self._idle = trio.Event()
-                await self._idle.wait()
+            await self._in_flight.ended()
             try:
                 await trio.to_thread.run_sync(close_descriptors, *self._take_fds())
             except OSError as error:
@@ -485,13 +483,8 @@ class FileStorage(InlineStorage):
         *arguments: *_Arguments,
     ) -> _Result:
         """Run `function` in a thread to its end; a cancellation takes effect before or after."""
-        self._in_flight += 1
-        try:
+        with self._in_flight:
             return await trio.to_thread.run_sync(function, *arguments, limiter=limiter)
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight and self._idle is not None:
-                self._idle.set()
 
     def _true_size(self) -> int:
         if self.is_block_device:
