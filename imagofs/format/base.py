@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from ..errors import ReadOnlyError, UnsupportedError
 from ..storage.base import PreallocateMode, Storage
 
@@ -40,6 +42,8 @@ __all__ = [
     "ZERO",
     "DiscardTo",
     "FormatDriver",
+    "close_all",
+    "unique_storages",
 ]
 
 STORAGE_MASK = (1 << 8) - 1
@@ -262,3 +266,16 @@ class FormatDriver(ABC):
 def unique_storages(drivers: Iterable[FormatDriver]) -> tuple[Storage, ...]:
     """Every storage of `drivers`, each once, in order."""
     return tuple(dict.fromkeys(storage for driver in drivers for storage in driver.storages))
+
+
+async def close_all(storages: Sequence[Storage]) -> None:
+    """Close every storage, even if closing one fails; the first failure is raised."""
+    failure: Exception | None = None
+    with trio.CancelScope(shield=True):
+        for storage in storages:
+            try:
+                await storage.close()
+            except Exception as exc:
+                failure = failure or exc
+    if failure is not None:
+        raise failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from imagofs import (
     MemoryStorage,
     Qcow2,
     Raw,
+    StorageError,
     SyncFormatAccess,
     check_image,
 )
@@ -130,6 +132,23 @@ async def test_a_second_close_waits_for_the_first() -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(close)
+    await image.close()
+
+
+async def test_everything_is_closed_though_one_cannot_be(tmp_path: Path) -> None:
+    class Unclosable(MemoryStorage):
+        async def close(self) -> None:
+            await super().close()
+            raise StorageError("cannot be closed")
+
+    path = tmp_path / "image.qcow2"
+    await Qcow2.create(path, MIB, data_file="data")
+    storages = Unclosable(path.read_bytes()), MemoryStorage(MIB), MemoryStorage(MIB)
+    below = FormatAccess(await Raw.open(storages[2]))
+    image = FormatAccess(await Qcow2.open(storages[0], data_file=storages[1], backing=below))
+    with pytest.raises(StorageError, match="cannot be closed"):
+        await image.close()
+    assert [storage.closed for storage in storages] == [True, True, True]
     await image.close()
 
 

@@ -31,6 +31,7 @@ from ..base import (
     ZERO,
     DiscardTo,
     FormatDriver,
+    close_all,
 )
 from .clusters import (
     COMPRESSED_DATA,
@@ -480,9 +481,10 @@ class Qcow2(FormatDriver):
         self._changed(0, max(self._reach, 1))
 
     async def close(self) -> None:
-        await self._compressed.close()
-        for storage in self.storages:
-            await storage.close()
+        try:
+            await self._compressed.close()
+        finally:
+            await close_all(self.storages)
 
 
 async def open_qcow2(

@@ -31,7 +31,17 @@ from ...opening import FROM_HEADER, FromHeader, Locking
 from ...storage.base import PreallocateMode, Storage, StorageOpenOptions
 from ...storage.blockers import RangeLocks
 from ...vectors import split_views, total_length
-from ..base import IN_PLACE, INDIRECT, MIXED, NOT_CACHED, SPECIAL, ZERO, DiscardTo, FormatDriver
+from ..base import (
+    IN_PLACE,
+    INDIRECT,
+    MIXED,
+    NOT_CACHED,
+    SPECIAL,
+    ZERO,
+    DiscardTo,
+    FormatDriver,
+    close_all,
+)
 from .descriptor import NO_PARENT, Descriptor
 from .extents import RAW, Extent, ZeroExtent
 from .grains import SparseExtent
@@ -366,19 +376,6 @@ class Vmdk(FormatDriver):
 
     async def close(self) -> None:
         await close_all(self._storages)
-
-
-async def close_all(storages: Sequence[Storage]) -> None:
-    """Close every storage, even if closing one fails; the first failure is raised."""
-    failure: Exception | None = None
-    with trio.CancelScope(shield=True):
-        for storage in storages:
-            try:
-                await storage.close()
-            except Exception as exc:
-                failure = failure or exc
-    if failure is not None:
-        raise failure
 
 
 def _granularity(extents: Sequence[Extent]) -> int:

@@ -18,6 +18,7 @@ from ...gate import ImplicitOpenGate
 from ...inflating import InflatedCache
 from ...opening import FROM_HEADER, FromHeader, Locking, OpenContext, layer_storage
 from ...storage.base import Storage, StorageOpenOptions
+from ..base import close_all
 from .descriptor import (
     MAX_DESCRIPTOR_BYTES,
     NO_PARENT,
@@ -29,7 +30,7 @@ from .descriptor import (
     looks_like_descriptor,
     parse_descriptor,
 )
-from .driver import Vmdk, close_all
+from .driver import Vmdk
 from .extents import Extent, FlatExtent, NoAccessExtent, ZeroExtent
 from .grains import SparseExtent, read_sparse_header
 from .sparse import SparseHeader, looks_like_sparse
