@@ -197,9 +197,10 @@ class Load:
 
     def end(self) -> None:
         """SIGTERM while fio is at work: it is served to its end, then the daemon ends."""
-        command = fio_command(self.file, 3, self.seed)
+        command = fio_command(self.file, 10, self.seed)
+        before = look(self.process.pid, self.point).requests
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fio:
-            wait_until(lambda: look(self.process.pid, self.point).waiting > 0)
+            wait_until(lambda: look(self.process.pid, self.point).requests > before + 1000)
             self.process.send_signal(signal.SIGTERM)
             wait_until(lambda: mount_at(self.point) is None)
             _, _ = fio.communicate(timeout=60)
