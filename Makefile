@@ -9,6 +9,9 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 # Passed on to pytest: make test ARGS="-k mount -x"
 ARGS ?=
+# Processes among which the tests are divided; WORKERS=0 runs all in one, in order. Most tests wait
+# for programs that they start. A worker that runs out of tests takes some of the other's.
+WORKERS ?= 2
 
 # The tests mount, attach loop devices and make users. Without being root they go through sudo, and
 # then leave no files of root's in the tree.
@@ -31,14 +34,14 @@ demo: ## install what is missing, then mount, read and write a small image
 
 test: ## install what the tests need, then run lint, types and every test
 test: setup lint typecheck
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 setup: ## install what the tests need, no more
 	@.ci/setup test
 
 pytest: ## the tests alone, with ARGS="..." for pytest
 pytest: setup
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(ARGS)
 
 crash: ## try what power cuts leave of images: 100,000 of them, CRASH="--seed 7 --images 1000000"
 crash: setup
