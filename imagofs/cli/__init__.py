@@ -92,6 +92,19 @@ def report(message: str) -> None:
     print("imagofs:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
+def _open_standard_streams() -> None:
+    """See that 0, 1 and 2 are open: an image must not get such a number, and a log with it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # it was closed when the program was started
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115 stays open
+            setattr(sys, name, stream)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program.
 
@@ -101,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a failure, 2 for wrong usage, 130 if it was interrupted.
     """
+    _open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         report("an image and a mountpoint are needed (see 'imagofs --help')")

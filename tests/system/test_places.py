@@ -185,6 +185,30 @@ def test_without_the_helper_process(image: Path, tmp_path: Path) -> None:
     )
 
 
+def test_closed_standard_streams(image: Path, tmp_path: Path) -> None:
+    """The image must not become the daemon's stderr."""
+    succeeds(
+        _FUNCTIONS
+        + """
+        mkdir a
+        for closed in '<&-' '>&-' '2>&-' '<&- >&- 2>&-'; do
+            eval timeout 20 '"$IMAGOFS"' disk.qcow2 a -o rw "$closed"
+            starts_with AA a/disk.raw
+            eval '"$IMAGOFS"' umount a "$closed"
+            eval '"$IMAGOFS"' -f disk.qcow2 a -o rw "$closed" '&'
+            until findmnt a >/dev/null; do sleep 0.02; done
+            starts_with AA a/disk.raw
+            kill -USR1 $!
+            kill $!
+            wait $!
+            eval '"$IMAGOFS"' info disk.qcow2 "$closed" >/dev/null
+            qemu-img check -q disk.qcow2
+        done
+        """,
+        tmp_path,
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
