@@ -203,7 +203,11 @@ class _Daemon:
             raise StorageError("option 'setuid' is for root", error=errno.EPERM)
         _prepare_process(writable=self.options.writable)
         metrics = self.options.metrics
-        self._metrics_file = metrics.path if metrics is not None and not metrics.is_socket else None
+        if metrics is not None:
+            path = os.path.realpath(metrics.path)
+            if os.path.commonpath((path, self.point)) == self.point:
+                raise OutOfRangeError("metrics= is inside the mountpoint", filename=path)
+            self._metrics_file = None if metrics.is_socket else metrics.path
         helper = Helper(remove=metrics and metrics.path)  # before there are threads
         try:
             import trio

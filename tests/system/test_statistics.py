@@ -185,6 +185,11 @@ def test_metrics_that_cannot_be_written(
     for prefix in ("", "unix:"):
         mounted = mount(new_image("1M"), f"metrics={prefix}{tmp_path}/missing/file")
         assert mounted.file.read_bytes() == bytes(1 << 20)
+        mounted.umount()
+        # The daemon would wait for itself.
+        inside = f"metrics={prefix}{mounted.path}/file"
+        stderr = imagofs(new_image("1M"), mounted.path, "-o", inside, ok=1).stderr
+        assert "inside the mountpoint" in stderr
 
 
 @pytest.mark.parametrize("seed", range(5))
