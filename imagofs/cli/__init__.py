@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failure, 2 for wrong usage, 130 if it was interrupted.
     """
     _open_standard_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names have letters that it may not have
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         report("an image and a mountpoint are needed (see 'imagofs --help')")

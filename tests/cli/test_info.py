@@ -12,6 +12,7 @@ import pytest
 
 from imagofs.cli import main
 from tests import qemu
+from tests.mount.mounting import imagofs
 
 #: Name to keywords of `qemu.create`.
 IMAGES: dict[str, dict[str, Any]] = {
@@ -221,3 +222,11 @@ def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([verb, "--help"])
     assert caught.value.code == 0
     assert f"imagofs {verb}" in capsys.readouterr().out
+
+
+def test_a_terminal_with_few_letters() -> None:
+    """What it cannot show is escaped."""
+    qemu.create(Path("ünï.qcow2"), "1M")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = imagofs("info", "ünï.qcow2", env=environment)
+    assert "\\xfcn\\xef.qcow2" in done.stdout
