@@ -97,6 +97,7 @@ class Confinement:
             What could not be given up; empty if nothing.
         """
         time.tzset()  # the log's times are looked up in a file
+        sys.dont_write_bytecode = True  # a try would be refused, and perhaps logged by the kernel
         try:
             await _in_all_threads(partial(_confine_thread, self._rules))
         except _Refused as error:
