@@ -122,6 +122,24 @@ def test_no_mount_namespace(machine: Machine, folder: Path) -> None:
     machine.systemctl("stop", f"imagofs@{name}")
 
 
+def test_as_another_user(machine: Machine, folder: Path) -> None:
+    """It still tells systemd how it is, ends well, and leaves nothing mounted."""
+    name = name_of("user", folder)
+    unit, point = f"imagofs@{name}.service", f"/run/imagofs/{name}"
+    image = qemu.create(folder / "user.qcow2", "1M")
+    image.chmod(0o600)
+    machine.configure(name, IMAGE=image, OPTIONS="rw,setuid=daemon")
+    machine.systemctl("start", unit)
+    pid = machine.show(unit, "MainPID")
+    assert machine.sh(f"stat -c %U /proc/{pid}") == "daemon\n"
+    machine.sh(f"printf data | dd of={point}/user.raw conv=notrunc status=none")
+    assert "(qcow2, rw)" in machine.show(unit, "StatusText")
+    machine.systemctl("stop", unit)
+    assert machine.show(unit, "Result") == "success" and point not in machine.mounts()
+    assert is_calm(machine.journal(unit)), machine.journal(unit)
+    assert qemu.contents(image)[:4] == b"data"
+
+
 def test_refused_image(machine: Machine, folder: Path) -> None:
     name = name_of("bad", folder)
     machine.configure(name, IMAGE=folder / "missing.qcow2")
