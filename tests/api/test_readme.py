@@ -83,6 +83,8 @@ def test_shell_examples(tmp_path, heading):
     script = "\n".join(shell_blocks(heading))
     assert script.count("imagofs ") > 1
     script = re.sub(r"^\.\.\. ", "touch /mnt/partition/file ", script, flags=re.MULTILINE)
+    loop = f"readme-{os.getpid()}"  # a loop device's name is the whole machine's
+    script = re.sub(r"((attach|detach) |imagofs-loop/)vm\b", rf"\g<1>{loop}", script)
     for folder in ("/mnt/vm", "/mnt/partition"):
         script = script.replace(folder, str(tmp_path / folder[1:].replace("/", "-")))
     if heading != "Quick start":
@@ -103,7 +105,7 @@ def test_shell_examples(tmp_path, heading):
         if done.returncode:
             for words in (
                 ["umount", "-l", "mnt-partition"],
-                ["imagofs", "loop", "detach", "vm"],
+                ["imagofs", "loop", "detach", loop],
                 ["umount", "-l", "mnt-vm"],
                 ["umount", "-l", "flat.img"],
             ):
