@@ -27,7 +27,11 @@ __all__ = [
     "UnsupportedError",
     "WrongTypeError",
     "errno_of",
+    "printable",
 ]
+
+#: Of a message; a path may have 4096.
+_MOST_LETTERS = 6000
 
 
 class ImagofsError(Exception):
@@ -46,7 +50,10 @@ class ImagofsError(Exception):
         self.filename: str | None = None if filename is None else os.fspath(filename)
 
     def __str__(self) -> str:
-        return self.message if self.filename is None else f"{self.filename}: {self.message}"
+        # Names come out of images: they may have anything in them, and 64 KiB of it.
+        where = "" if self.filename is None else f"{self.filename}: "
+        text = printable(where + self.message)
+        return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} ..."
 
 
 class FormatError(ImagofsError):
@@ -158,3 +165,13 @@ def errno_of(error: BaseException) -> int:
     if isinstance(error, ImagofsError):
         return error.default_errno
     return errno.ENOMEM if isinstance(error, MemoryError) else errno.EIO
+
+
+def printable(text: str) -> str:
+    """A name out of an image with everything escaped that a terminal might act on."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

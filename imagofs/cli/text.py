@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from ..errors import printable
+
 __all__ = ["FORMATS", "format_size", "parse_size", "printable", "table"]
 
 #: What `--format` takes. Not asked of the format registry, whose import takes longer.
@@ -49,16 +51,6 @@ def format_size(size: int) -> str:
         value /= 1024
         unit += 1
     return f"{value:.3g} {_UNITS[unit]}{'iB' if unit else ''}"
-
-
-def printable(text: str) -> str:
-    """A name out of an image with everything escaped that a terminal might act on."""
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
