@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "read_header"]
 
 _USUAL_CLUSTER = 1 << 16
+_PIECE = 1 << 20
 
 
 async def read_header(storage: Storage, *, encrypted_too: bool = False) -> Header:
@@ -63,7 +64,11 @@ async def read_header(storage: Storage, *, encrypted_too: bool = False) -> Heade
 
 
 async def _read_table(storage: Storage, host_offset: int, entries: int) -> array[int]:
-    return from_big_endian(await storage.read_table(entries * 8, host_offset))
+    # Piece by piece: a table of 32 MiB is not to be there twice.
+    table, end = array("Q"), host_offset + entries * 8
+    for position in range(host_offset, end, _PIECE):
+        table += from_big_endian(await storage.read_table(min(_PIECE, end - position), position))
+    return table
 
 
 async def load(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import dataclass
 
 from ...errors import FormatError
 from ...storage.base import Storage
 from .header import MAX_L1_BYTES, Header
 
-__all__ = ["Snapshot", "find_snapshot", "parse_snapshots", "read_snapshots"]
+__all__ = ["Snapshot", "find_snapshot", "parse_snapshot", "read_snapshots"]
 
 _FIXED = struct.Struct(">QIHHIIQII")
 _MAX_TABLE_BYTES = 64 << 20
 _MAX_EXTRA_DATA = 1024
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
+#: Memory for names and IDs. qemu makes none of more than 255 and 127 bytes: 65,536 of them fit.
+_MAX_NAME_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,95 +55,119 @@ class Snapshot:
     extra_length: int = 0
 
 
-def parse_snapshots(
-    data: bytes, count: int, disk_size: int, filename: str | None = None
-) -> list[Snapshot]:
-    """Parse a snapshot table.
+def parse_snapshot(
+    data: bytes | bytearray,
+    position: int,
+    *,
+    number: int,
+    entry_offset: int,
+    disk_size: int,
+    filename: str | None = None,
+) -> Snapshot | None:
+    """Parse one entry of a snapshot table.
 
     Args:
-        data: Its bytes; more may follow.
-        count: Entries in it.
-        disk_size: The disk's size, for entries that do not say theirs.
+        data: A part of the table.
+        position: Where the entry begins in it.
+        number: The entry's number, for error messages.
+        entry_offset: Where it begins in the table.
+        disk_size: The disk's size, for an entry that does not say its own.
         filename: For error messages.
 
+    Returns:
+        The snapshot; None if `data` ends before it does.
+
     Raises:
-        FormatError: An entry does not fit `data`, or cannot be right.
+        FormatError: It cannot be right.
     """
-    snapshots: list[Snapshot] = []
-    position = 0
-    for number in range(count):
-        start = position
-        if position + _FIXED.size > len(data):
-            raise FormatError(f"the entry of snapshot {number} is truncated", filename=filename)
-        (
-            l1_offset,
-            l1_entries,
-            id_length,
-            name_length,
-            date,
-            date_nsec,
-            vm_clock_nsec,
-            vm_state_size,
-            extra_length,
-        ) = _FIXED.unpack_from(data, position)
-        position += _FIXED.size
-        end = position + extra_length + id_length + name_length
-        if extra_length > _MAX_EXTRA_DATA or end > len(data):
-            raise FormatError(f"the entry of snapshot {number} is malformed", filename=filename)
-        extra = data[position : position + extra_length]
-        position += extra_length
-        snapshot_size, icount = disk_size, None
-        if extra_length >= 8 and (large_size := int.from_bytes(extra[:8], "big")):
-            vm_state_size = large_size
-        if extra_length >= 16:
-            snapshot_size = int.from_bytes(extra[8:16], "big")
-        if extra_length >= 24:
-            value = int.from_bytes(extra[16:24], "big")
-            icount = None if value == (1 << 64) - 1 else value
-        identifier = data[position : position + id_length].decode("utf-8", "replace")
-        name = data[position + id_length : end].decode("utf-8", "replace")
-        position = end + -(end - start) % 8
-        snapshots.append(
-            Snapshot(
-                identifier,
-                name,
-                l1_offset,
-                l1_entries,
-                snapshot_size,
-                vm_state_size,
-                date,
-                date_nsec,
-                vm_clock_nsec,
-                icount,
-                start,
-                position - start,
-                extra_length,
-            )
-        )
-    return snapshots
+    start = position
+    position += _FIXED.size
+    if position > len(data):
+        return None
+    (
+        l1_offset,
+        l1_entries,
+        id_length,
+        name_length,
+        date,
+        date_nsec,
+        vm_clock_nsec,
+        vm_state_size,
+        extra_length,
+    ) = _FIXED.unpack_from(data, start)
+    if extra_length > _MAX_EXTRA_DATA:
+        raise FormatError(f"the entry of snapshot {number} is malformed", filename=filename)
+    end = position + extra_length + id_length + name_length
+    if end > len(data):
+        return None
+    extra = data[position : position + extra_length]
+    position += extra_length
+    icount = None
+    if extra_length >= 8 and (large_size := int.from_bytes(extra[:8], "big")):
+        vm_state_size = large_size
+    if extra_length >= 16:
+        disk_size = int.from_bytes(extra[8:16], "big")
+    if extra_length >= 24:
+        value = int.from_bytes(extra[16:24], "big")
+        icount = None if value == (1 << 64) - 1 else value
+    return Snapshot(
+        data[position : position + id_length].decode("utf-8", "replace"),
+        data[position + id_length : end].decode("utf-8", "replace"),
+        l1_offset,
+        l1_entries,
+        disk_size,
+        vm_state_size,
+        date,
+        date_nsec,
+        vm_clock_nsec,
+        icount,
+        entry_offset,
+        end + -(end - start) % 8 - start,
+        extra_length,
+    )
 
 
 async def read_snapshots(storage: Storage, header: Header) -> list[Snapshot]:
     """Read the snapshot table, a chunk at a time since its length is nowhere written down.
 
     Raises:
-        FormatError: It is malformed, or reaches past the end of the file.
+        FormatError: It is malformed, reaches past the end of the file, or takes too much memory.
         StorageError: It cannot be read.
     """
-    if not header.snapshot_count:
-        return []
-    data = bytearray()
+    snapshots: list[Snapshot] = []
+    data, first, position = bytearray(), 0, 0  # `data` begins at `first` in the table
     limit = min(_MAX_TABLE_BYTES, max(0, storage.size() - header.snapshots_offset))
-    while True:
-        length = min(_CHUNK + len(data), limit - len(data))
-        data += await storage.read_table(length, header.snapshots_offset + len(data))
-        try:
-            return parse_snapshots(
-                bytes(data), header.snapshot_count, header.size, storage.filename
+    name_bytes = 0
+    while len(snapshots) < header.snapshot_count:
+        snapshot = parse_snapshot(
+            data,
+            position,
+            number=len(snapshots),
+            entry_offset=first + position,
+            disk_size=header.size,
+            filename=storage.filename,
+        )
+        if snapshot is not None:
+            snapshots.append(snapshot)
+            position += snapshot.length
+            name_bytes += sys.getsizeof(snapshot.id) + sys.getsizeof(snapshot.name)
+            if name_bytes > _MAX_NAME_BYTES:
+                raise FormatError(
+                    "the names of the snapshots are longer than those of qemu can be",
+                    filename=storage.filename,
+                )
+            continue
+        # The padding of the last entry may lie behind what was read.
+        del data[:position]
+        first += position
+        position = 0
+        length = min(_CHUNK, limit - first - len(data))
+        if length <= 0:
+            raise FormatError(
+                f"the entry of snapshot {len(snapshots)} is truncated", filename=storage.filename
             )
-        except FormatError:
-            if len(data) >= limit:
-                raise
+        data += await storage.read_table(length, header.snapshots_offset + first + len(data))
+    return snapshots
 
 
 def find_snapshot(
