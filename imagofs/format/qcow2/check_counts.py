@@ -11,13 +11,18 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 
+from ...errors import UnsupportedError
 from ...storage.base import Storage
 from .entries import from_big_endian, unpack_refcounts
 from .header import Header
 
 __all__ = ["Counts", "StoredCounts", "differences", "read_bytes", "read_table"]
 
-_MAX_CHUNK_BITS = 15
+_MAX_CHUNK_BITS = 12
+#: Memory for chunks in which next to nothing is counted, in bytes.
+_SPARSE_BYTES = 24 << 20
+#: Beyond it one cluster in so many must be counted.
+_SPARSE_FACTOR = 16
 _STRETCH = 256
 _FLAT_BITS = 62  # more clusters than a file can have
 _TYPE_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
@@ -58,6 +63,7 @@ class Counts:
         self.maximum = (1 << header.refcount_bits) - 1
         self.typecode = _TYPE_CODES[max(8, header.refcount_bits)]
         self.chunks: dict[int, array[int]] = {}
+        self._room = self._counted = 0
         #: References beyond `maximum`, by host cluster.
         self.overflow: Counter[int] = Counter()
         # No run that is asked about is longer than a piece or an L2 table.
@@ -104,6 +110,9 @@ class Counts:
 
         Returns:
             Whether none of them had a reference before.
+
+        Raises:
+            UnsupportedError: Those that were counted are spread too thinly.
         """
         bits, fresh = self.bits, True
         end = min(first + number, self.clusters)
@@ -114,6 +123,8 @@ class Counts:
             chunk = self.chunks.get(index)
             if chunk is None:
                 chunk = self.chunks[index] = self.piece(index << bits)
+                self._check_room(chunk)
+            self._counted += high - low
             if high - low == 1:
                 if chunk[low] or times > 1:
                     fresh = self._add_each(chunk, index, low, high, times) and fresh
@@ -125,6 +136,19 @@ class Counts:
                 fresh = self._add_each(chunk, index, low, high, times) and fresh
             first = (index << bits) + high
         return fresh
+
+    def _check_room(self, chunk: array[int]) -> None:
+        """See that a new chunk is worth its memory.
+
+        References that are far from each other take a chunk each: a hostile image of a MiB could
+        ask for gigabytes. Where a few in a hundred clusters are used, it does not matter.
+        """
+        self._room += len(chunk) * chunk.itemsize
+        if self._room > _SPARSE_BYTES + _SPARSE_FACTOR * self._counted * chunk.itemsize:
+            raise UnsupportedError(
+                f"its clusters are spread over {self.clusters} so thinly that counting their "
+                f"references would take too much memory"
+            )
 
     def _add_each(self, chunk: array[int], index: int, low: int, high: int, times: int) -> bool:
         fresh = True

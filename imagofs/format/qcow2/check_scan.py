@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
-from ...errors import FormatError
+from ...errors import FormatError, UnsupportedError
 from ...storage.base import Storage
 from .bitmaps import Bitmap, read_bitmaps
 from .check_counts import Counts, StoredCounts, read_bytes, read_table
@@ -32,6 +32,9 @@ __all__ = ["Progress", "Scan", "State", "Table"]
 Progress = Callable[[int, int], None]
 
 _TABLES_PER_TURN = 64
+#: Clusters of metadata that are followed though they take no room in the file: a hostile image of
+#: a few KiB may name billions of them.
+_FOR_NOTHING = 1 << 17
 #: Bitmap table entries: bits 1 to 8 and 56 to 63 are reserved; bit 0 only counts without offset.
 _BITMAP_RESERVED = (1 << 9) - (1 << 1) | (1 << 64) - (1 << 56)
 
@@ -124,6 +127,8 @@ class Scan:
         flat = stored.flat is not None if stored is not None else can_be_flat(storage, header)
         self.counts = Counts(header, self.clusters, flat=flat)
         self._vectorised = Vectorised(self) if flat else None
+        #: Clusters of metadata that may still be met. All that is not in a hole has its room.
+        self._room = _FOR_NOTHING + (storage.allocated_bytes() >> header.cluster_bits)
         #: What metadata each host cluster holds.
         self.own: dict[int, str] = {}
         #: Metadata clusters that something else lies in too, and what.
@@ -141,6 +146,7 @@ class Scan:
         """Follow everything but the refcount table and its blocks.
 
         Raises:
+            UnsupportedError: More is referred to than there can be; it would take too much memory.
             StorageError: Something cannot be read.
         """
         header = self.header
@@ -194,6 +200,13 @@ class Scan:
             return False
         first = offset >> self.cluster_bits
         last = offset + length - 1 >> self.cluster_bits
+        self._room -= last - first + 1
+        if self._room < 0:
+            raise UnsupportedError(
+                f"its tables lie over each other, or name more clusters than there is room for in "
+                f"the file: {what} ({length} bytes at {offset:#x}) is too much to be followed",
+                filename=self.storage.filename,
+            )
         self.counts.add(first, last - first + 1)
         own, alone = self.own, True
         for cluster in range(first, last + 1):

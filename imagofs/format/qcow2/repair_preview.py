@@ -71,6 +71,10 @@ class _Overlay(Storage):
     def size(self) -> int:
         return self._size
 
+    def allocated_bytes(self) -> int:
+        # Less than the size if the file is large in name only: what takes memory goes by it.
+        return self._inner.allocated_bytes()
+
     async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
         for view in views:
             position = 0
@@ -94,7 +98,9 @@ class _Overlay(Storage):
         self._size = max(self._size, end)
 
     async def pure_write_zeroes(self, offset: int, length: int, *, allocated: bool) -> None:
-        await self.pure_writev([memoryview(bytes(length))], offset)
+        zeroes = memoryview(bytes(min(length, _PAGE)))
+        for position in range(0, length, _PAGE):
+            await self.pure_writev([zeroes[: length - position]], offset + position)
 
     async def pure_discard(self, offset: int, length: int) -> None:
         """Discarded bytes are undefined; so they may stay."""
