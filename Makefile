@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest crash faults kill verify load mutants bench compare lint format typecheck man setup clean distclean
+.PHONY: help demo test pytest crash fuzz faults kill verify load mutants bench compare lint format typecheck man setup clean distclean
 .NOTPARALLEL:
 
 PY := .venv/bin/python
@@ -46,6 +46,11 @@ pytest: setup
 crash: ## try what power cuts leave of images: 100,000 of them, CRASH="--seed 7 --images 1000000"
 crash: setup
 	$(PY) -m tests.trust.crash $(CRASH)
+
+fuzz: ## hostile images for ten minutes, FUZZ="--seed 7 --seconds 3600"
+fuzz: setup
+	$(PY) -m pip install -q atheris || echo "atheris cannot be installed here"
+	$(PY) -m tests.fuzz $(FUZZ)
 
 faults: ## let every call of workloads fail, and fill a disk, FAULTS="--seed 7 --rounds 5"
 faults: setup

@@ -1,0 +1,88 @@
+"""Hostile images: a little of what `make fuzz` does, and that it would see what must not happen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.bounds import Finding, Stuck, bounded
+from tests.fuzz.case import Case, Outcome, try_case
+from tests.fuzz.mutate import case_of
+from tests.fuzz.seeds import KINDS, seed
+from tests.fuzz.tally import scratch
+
+CORPUS = sorted(Path(__file__).with_name("corpus").iterdir())
+
+
+def tried(case: Case) -> Outcome:
+    with tempfile.TemporaryDirectory(dir=scratch()) as folder:
+        return try_case(case, Path(folder))
+
+
+@settings(max_examples=120)
+@given(recipe=st.binary(max_size=96))
+def test_any_recipe(recipe: bytes):
+    outcome = tried(case_of(recipe))
+    assert outcome.finding is None, outcome.finding
+
+
+def test_what_the_corpus_holds():
+    """What led to new code once: a part of it, another one each time."""
+    start = int(time.time()) % max(len(CORPUS) - 80, 1)
+    for path in CORPUS[start : start + 80]:
+        outcome = tried(case_of(path.read_bytes()))
+        assert outcome.finding is None, f"{path}: {outcome.finding}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_good_images_pass_through_all_of_it(kind: str):
+    """Else nothing that is done to them would mean much."""
+    outcome = tried(Case(kind, seed(kind)))
+    assert outcome.finding is None, outcome.finding
+    assert outcome.opened and outcome.clean == kind.startswith("qcow2")
+    assert outcome.writable == (kind.startswith("qcow2") or kind == "vmdk-flat")
+
+
+# --- the bounds are awake -------------------------------------------------------------------------
+
+
+def test_time_memory_and_files_are_watched(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    allowed = {str(tmp_path / "file")}
+    with bounded(lambda: allowed):
+        (tmp_path / "file").read_bytes()
+        bytearray(60 << 20)
+    for _ in range(2):
+        with pytest.raises(Finding, match="MiB of memory"), bounded(lambda: allowed):
+            bytearray(80 << 20)
+    with pytest.raises(Finding, match="nobody allowed"), bounded(set):
+        (tmp_path / "file").read_bytes()
+    with pytest.raises(Finding, match="nobody allowed"), bounded(lambda: allowed):
+        os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(Finding, match="Popen"), bounded(lambda: allowed):
+        subprocess.run(["true"], check=True)
+    with pytest.raises(Stuck), bounded(lambda: allowed, 0.05):
+        while True:
+            pass
+
+
+def test_changes_of_other_files_are_seen(monkeypatch: pytest.MonkeyPatch):
+    from tests.fuzz import case
+
+    async def clumsy(run: Any) -> None:
+        await original(run)
+        run.image.with_name("base").write_bytes(b"")
+        await original(run)
+
+    original = case._look
+    monkeypatch.setattr(case, "_look", clumsy)
+    outcome = tried(Case("qcow2-chain", seed("qcow2-chain")))
+    assert outcome.finding is not None and "reading changed" in outcome.finding
