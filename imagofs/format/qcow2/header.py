@@ -415,7 +415,9 @@ def _parse_extensions(
     extensions: list[tuple[int, bytes]] = []
     position = start
     end = min(end, len(data))
-    while position + _EXTENSION.size <= end:
+    while position < end:
+        if position + _EXTENSION.size > end:
+            raise FormatError("a header extension does not fit the header", filename=filename)
         kind, length = _EXTENSION.unpack_from(data, position)
         position += _EXTENSION.size
         if kind == END_OF_EXTENSIONS:
