@@ -51,10 +51,14 @@ class Counts:
         header: The image's header.
         clusters: Host clusters that there are.
         flat: Keep all counts in one chunk, which exists from the start.
+        filename: For error messages.
     """
 
-    def __init__(self, header: Header, clusters: int, *, flat: bool = False) -> None:
+    def __init__(
+        self, header: Header, clusters: int, *, flat: bool = False, filename: str | None = None
+    ) -> None:
         self.clusters = clusters
+        self._filename = filename
         #: log2 of the clusters of a piece, which never reaches beyond a refcount block.
         self.piece_bits = min(_MAX_CHUNK_BITS, header.cluster_bits + 3 - header.refcount_order)
         #: log2 of the clusters of a chunk: a piece, or all.
@@ -147,7 +151,8 @@ class Counts:
         if self._room > _SPARSE_BYTES + _SPARSE_FACTOR * self._counted * chunk.itemsize:
             raise UnsupportedError(
                 f"its clusters are spread over {self.clusters} so thinly that counting their "
-                f"references would take too much memory"
+                f"references would take too much memory",
+                filename=self._filename,
             )
 
     def _add_each(self, chunk: array[int], index: int, low: int, high: int, times: int) -> bool:
