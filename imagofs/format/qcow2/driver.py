@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from .writing import Writer
 
 __all__ = ["Qcow2"]
+
+_NO_TABLES = array("Q", bytes(8 * 4096))
 
 
 class Qcow2(FormatDriver):
@@ -291,7 +294,9 @@ class Qcow2(FormatDriver):
         index = (guest_offset >> l2.l1_bits) + 1
         last = guest_offset + length - 1 >> l2.l1_bits
         while index <= last and not l2.l1[index] & OFFSET_MASK:
-            index += 1
+            # There may be millions; where all of them are 0, they are passed over together.
+            many = not index % len(_NO_TABLES) and l2.l1[index : index + len(_NO_TABLES)]
+            index += len(_NO_TABLES) if many == _NO_TABLES else 1
         return min((index << l2.l1_bits) - guest_offset, length)
 
     def _piece(self, table: Sequence[int], guest_offset: int) -> tuple[Kind, int, bool]:
