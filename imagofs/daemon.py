@@ -12,6 +12,7 @@ The daemon never touches its own mountpoint: nobody would answer.
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import logging
 import os
@@ -179,6 +180,7 @@ class _Daemon:
         self.notifier = notifier
         self.point = mounts.real_path(mountpoint)
         self._is_file = False
+        self._turn: int | None = None
         #: The file of metrics.
         self._metrics_file: str | None = None
 
@@ -195,6 +197,8 @@ class _Daemon:
             ImagofsError: Something failed before the mount answered; nothing is mounted.
         """
         self._is_file = prepare_mountpoint(self.point, make=self.options.mkdir)
+        self._turn = _take_turn(self.point)
+        prepare_mountpoint(self.point)  # another may have had its turn before
         if self._is_file and self.options.name is not None:
             raise OutOfRangeError(
                 "the mountpoint is a file, and name= is for directories", filename=self.point
@@ -227,6 +231,8 @@ class _Daemon:
             access = await self._open_unless_told_to_end(signals)
             try:
                 session = self._mount(access, helper)
+                if self._turn is not None:
+                    os.close(self._turn)
             except BaseException:
                 await access.close()
                 raise
@@ -538,6 +544,24 @@ def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
             filename=point,
         )
     return stat.S_ISREG(kind)
+
+
+def _take_turn(point: str) -> int | None:
+    """Wait until nobody else is about to mount at `point`: the kernel would let both.
+
+    Returns:
+        A descriptor to close once it is mounted; None where that cannot be had.
+    """
+    fd = None
+    try:
+        fd = os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:  # no permission to read it, or a file system without locks
+        log.debug("%s: two who mount here at the same time do not see each other: %s", point, error)
+        if fd is not None:
+            os.close(fd)
+        return None
+    return fd
 
 
 def default_name(image: str) -> str:

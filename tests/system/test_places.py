@@ -185,6 +185,27 @@ def test_without_the_helper_process(image: Path, tmp_path: Path) -> None:
     )
 
 
+def test_several_at_once(image: Path, tmp_path: Path) -> None:
+    """Who mounts at one place at the same time: one does, the others are refused."""
+    succeeds(
+        _FUNCTIONS
+        + """
+        mkdir a; touch b
+        for point in a b; do
+            for number in 1 2 3; do
+                ("$IMAGOFS" disk.qcow2 $point 2>error.$number && echo $number >>done.$point) &
+            done
+            wait
+            [ "$(wc -l <done.$point)" = 1 ]
+            [ "$(cat error.* | grep -c 'is mounted here already')" = 2 ]
+            [ "$(findmnt -rno TARGET $point | wc -l)" = 1 ]
+            umount $point
+        done
+        """,
+        tmp_path,
+    )
+
+
 def test_closed_standard_streams(image: Path, tmp_path: Path) -> None:
     """The image must not become the daemon's stderr."""
     succeeds(
