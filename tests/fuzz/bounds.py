@@ -17,8 +17,18 @@ from typing import Any
 from imagofs import ImplicitOpenGate, ImplicitOpenRequest
 from imagofs.gate import AllowDirectories
 
-__all__ = ["CACHES", "MEMORY", "REPAIR_MEMORY", "SECONDS", "Finding", "RecordingGate", "Stuck"]
-__all__ += ["bounded", "limit_memory"]
+__all__ = [
+    "CACHES",
+    "MEMORY",
+    "REPAIR_FACTOR",
+    "REPAIR_MEMORY",
+    "SECONDS",
+    "Finding",
+    "RecordingGate",
+    "Stuck",
+    "bounded",
+    "limit_memory",
+]
 
 #: Seconds of processor time for each thing that is done with an image.
 SECONDS = 2.0
@@ -26,6 +36,8 @@ SECONDS = 2.0
 MEMORY = 64 << 20
 #: The same for a repair, and for its preview, which keeps in memory what it would write.
 REPAIR_MEMORY = 256 << 20
+#: A repair walks over the image several times.
+REPAIR_FACTOR = 4
 #: Bytes of each of the two caches that the images are opened with.
 CACHES = 1 << 20
 

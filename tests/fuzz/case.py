@@ -32,6 +32,7 @@ from imagofs.format.qcow2.snapshots import read_snapshots
 from tests.fuzz.bounds import (
     CACHES,
     MEMORY,
+    REPAIR_FACTOR,
     REPAIR_MEMORY,
     SECONDS,
     Finding,
@@ -118,10 +119,12 @@ def try_case(
         prepare(inside)
     run = _Run(case, inside / "image", RecordingGate(inside))
     allowed = {str(run.image), str(run.copy)}
-    stages = ((_look, MEMORY), (_check, MEMORY), (_repair, REPAIR_MEMORY), (_write, MEMORY))
     try:
-        for stage, memory in stages:
-            with bounded(lambda: {*allowed, *run.gate.passed}, seconds, memory):
+        for stage in (_look, _check, _repair, _write):
+            limits = (seconds, MEMORY)
+            if stage is _repair:
+                limits = (seconds * REPAIR_FACTOR, REPAIR_MEMORY)
+            with bounded(lambda: {*allowed, *run.gate.passed}, *limits):
                 trio.run(stage, run)
     except (Exception, Stuck):
         run.outcome.finding = traceback.format_exc()

@@ -255,7 +255,7 @@ def snapshot_entry(
 
 
 SNAPSHOTS: dict[str, Callable[[], Case]] = {
-    "nothing in them": lambda: many_snapshots(snapshot_entry()),
+    "nothing in them": lambda: many_snapshots(snapshot_entry(), count=20_000),
     "names that reach behind the end": lambda: many_snapshots(
         snapshot_entry(id_length=65535, name_length=65535), count=5000
     ),
