@@ -206,6 +206,46 @@ class ReadAccess:
             position += length
         return True
 
+    # --- lending --------------------------------------------------------------------------------
+
+    def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        """The bytes of a range as they lie in memory, if it is compressed. A plain function.
+
+        The range must lie inside the image; this method does not check it.
+
+        Returns:
+            Buffers that never change, one after the other; an empty list if the bytes must be
+            inflated first (ask `lend`); None if they are not to be had like this: read them.
+        """
+        lender = self._lender(guest_offset, length)
+        return None if lender is None else lender.lend_nowait(guest_offset, length)
+
+    async def lend(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        """As `lend_nowait`, once the bytes are in memory.
+
+        Raises:
+            As `read`.
+        """
+        self._check_range(guest_offset, length)
+        lender = self._lender(guest_offset, length)
+        if lender is None:
+            return None
+        token = self.driver.begin_io()
+        try:
+            return await lender.lend(guest_offset, length)
+        finally:
+            self.driver.end_io(token)
+
+    def _lender(self, guest_offset: int, length: int) -> FormatDriver | None:
+        """The layer that has the whole range compressed, if that is known."""
+        try:
+            if self._map.entry(guest_offset) & STORAGE_MASK != SPECIAL:
+                return None
+            runs = self._map.runs(guest_offset, length)
+        except NotCached:
+            return None
+        return self._map.layers[runs[0].position] if len(runs) == 1 else None
+
     # --- reading --------------------------------------------------------------------------------
 
     async def read(self, buffer: Buffer, guest_offset: int) -> None:

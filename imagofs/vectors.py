@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IoVector",
     "IoVectorMut",
+    "copy_into",
     "fill_view",
     "fill_views",
     "flat_view",
@@ -73,6 +74,17 @@ def flat_views(buffers: Buffer | IoVector | Iterable[Buffer]) -> list[memoryview
 def total_length(views: Iterable[memoryview]) -> int:
     """Bytes in all `views`."""
     return sum(view.nbytes for view in views)
+
+
+def copy_into(views: list[memoryview], data: Buffer) -> list[memoryview]:
+    """Copy `data` into the first bytes of `views`; return the rest of those."""
+    targets, rest = split_views(views, memoryview(data).nbytes)
+    position = 0
+    for target in targets:
+        step = target.nbytes
+        target[:] = memoryview(data)[position : position + step]
+        position += step
+    return rest
 
 
 def split_views(views: list[memoryview], length: int) -> tuple[list[memoryview], list[memoryview]]:

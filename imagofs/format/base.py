@@ -28,6 +28,8 @@ from ..errors import ReadOnlyError, UnsupportedError
 from ..storage.base import PreallocateMode, Storage
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ..access import FormatAccess
     from ..mapping import RawMapping, ShallowMapping
 
@@ -151,6 +153,26 @@ class FormatDriver(ABC):
         raise UnsupportedError(f"{self.format_name} has no special mappings")
 
     # --- I/O in flight ------------------------------------------------------------------------
+
+    def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        """The bytes of a SPECIAL range as they lie in memory. A plain function.
+
+        Returns:
+            Buffers that never change, one after the other; an empty list if the bytes are not in
+            memory (then ask `lend`); None if this layer does not lend.
+        """
+        return None
+
+    async def lend(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        """As `lend_nowait`, once the bytes are in memory.
+
+        Returns:
+            None: ask `readv_special`.
+
+        Raises:
+            As `readv_special`.
+        """
+        return None
 
     def begin_io(self) -> int:
         """Note that a read begins whose host offsets must stay what they are; return a token.

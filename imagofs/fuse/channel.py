@@ -21,9 +21,9 @@ import errno
 import logging
 import os
 import select
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic, perf_counter_ns
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -43,6 +43,9 @@ from .protocol import (
 )
 from .statistics import SAMPLE_EVERY
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 __all__ = ["Channel"]
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,8 @@ _TASK_BYTES = 32 << 20
 #: wait; above it takes a pooled one, or the receive buffer.
 _SMALL_BYTES = 128 << 10
 _SPARE_BUFFERS = 4
+#: A READ of at least this much is answered from where an image has its bytes in memory, if it has.
+_LENT_BYTES = 128 << 10
 #: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
 #: without giving up the thread, while no task is waiting (milliseconds).
 _SPIN = 40 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -179,6 +184,7 @@ class Channel:
         written_reply = protocol.written_reply
         read_nowait = self._disk.access.read_nowait
         write_nowait = self._disk.access.write_nowait
+        lend_nowait = self._disk.access.lend_nowait
         disk_size = self._disk.size
         writable = self._disk.writable
         forwarded = self._forwarder.under_way
@@ -221,15 +227,21 @@ class Channel:
                     if offset + size > disk_size:
                         size = self._disk.clip(offset, size)
                     data, message = reply.slices.get(size) or reply.slice(size)
+                    lent = None
                     try:
-                        done = not size or read_nowait(data, offset)
+                        if size >= _LENT_BYTES:
+                            lent = lend_nowait(offset, size)
+                        done = not size or read_nowait(data, offset) if lent is None else lent
                     except Exception as error:
                         self._fail(unique, error, "read", offset, size)
                         continue
                     if done:
                         pack(message, 0, OUT_HEADER_SIZE + size, 0, unique)
                         try:
-                            write(fd, message)
+                            if lent:
+                                os.writev(fd, [message[:OUT_HEADER_SIZE], *lent])
+                            else:
+                                write(fd, message)
                         except OSError as error:
                             self._unanswered(error)
                         reads += 1
@@ -361,9 +373,9 @@ class Channel:
         place = "" if offset < 0 else f" at {offset}" if size < 0 else f" {size} bytes at {offset}"
         self._reply(error_reply(unique, self._failures.answer(error, f"{what}{place}")))
 
-    def _reply(self, message: bytes | memoryview) -> None:
+    def _reply(self, message: Buffer, data: Iterable[Buffer] = ()) -> None:
         try:
-            os.write(self._fd, message)
+            os.writev(self._fd, [message, *data])
         except OSError as error:
             self._unanswered(error)
 
@@ -373,16 +385,20 @@ class Channel:
             log.error("cannot answer a request: %s", error)
 
     async def _read(self, unique: int, offset: int, size: int) -> None:
-        pooled = None if size <= _SMALL_BYTES else self._replies.take()
+        lent = await self._disk.access.lend(offset, size) if size >= _LENT_BYTES else None
+        pooled = None if size <= _SMALL_BYTES or lent else self._replies.take()
         try:
-            if pooled is None:
+            if lent:
+                message = memoryview(bytearray(OUT_HEADER_SIZE))
+            elif pooled is None:
                 message = memoryview(bytearray(OUT_HEADER_SIZE + size))
                 data = message[OUT_HEADER_SIZE:]
             else:
                 data, message = pooled.slice(size)
-            await self._disk.access.readv((data,), offset)
-            protocol.OUT_HEADER.pack_into(message, 0, len(message), 0, unique)
-            self._reply(message)
+            if not lent:
+                await self._disk.access.readv((data,), offset)
+            protocol.OUT_HEADER.pack_into(message, 0, OUT_HEADER_SIZE + size, 0, unique)
+            self._reply(message, lent or ())
             self.statistics.reads += 1
             self.statistics.slow_reads += 1
             self.statistics.read_bytes += size

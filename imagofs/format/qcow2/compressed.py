@@ -19,11 +19,13 @@ import trio
 from ...errors import ClosedError, CorruptImageError, UnsupportedError
 from ...inflating import InflatedCache, InflateError, inflate_deflate, inflate_zstd
 from ...sequential import SequentialReads
-from ...vectors import total_length
+from ...vectors import copy_into, total_length
 from .entries import CompressedRange, compressed_range
 from .inflate_jobs import InflateJob, Piece
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ...storage.base import Storage
 
 __all__ = ["CompressedClusters", "NotCompressed"]
@@ -114,12 +116,31 @@ class CompressedClusters:
                     return False
             view[:] = data[within:end]
             return True
-        last = guest_offset + view.nbytes - 1 >> self._cluster_bits
+        parts = self.lend_nowait(guest_offset, view.nbytes)
+        position = 0
+        for part in parts or ():
+            step = memoryview(part).nbytes
+            view[position : position + step] = part
+            position += step
+        return bool(parts)
+
+    def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer]:
+        """The range as it lies in memory; empty if a cluster is not inflated. A plain function."""
+        last = guest_offset + length - 1 >> self._cluster_bits
         found: dict[int, bytes] = {}
-        if self._take(range(cluster, last + 1), found):
-            return False
-        self._copy(found, [view], guest_offset, view.nbytes)
-        return True
+        if self._take(range(guest_offset >> self._cluster_bits, last + 1), found):
+            return []
+        return self._parts(found, guest_offset, length)
+
+    async def lend(self, guest_offset: int, length: int) -> list[Buffer]:
+        """As `lend_nowait`, once all is inflated.
+
+        Raises:
+            As `readv`.
+        """
+        last = guest_offset + length - 1 >> self._cluster_bits
+        found = await self._inflated(guest_offset >> self._cluster_bits, last)
+        return self._parts(found, guest_offset, length)
 
     async def readv(self, views: Sequence[memoryview], guest_offset: int) -> None:
         """Fill the flat `views` from a range of one or more compressed clusters.
@@ -143,10 +164,8 @@ class CompressedClusters:
             length = min(end, max(boundary, guest_offset + _SEGMENT_BYTES)) - guest_offset
             if guest_offset + length < end:
                 length -= guest_offset + length & self._cluster_size - 1
-            first = guest_offset >> self._cluster_bits
-            last = guest_offset + length - 1 >> self._cluster_bits
-            found = await self._inflated(first, last)
-            rest = self._copy(found, rest, guest_offset, length)
+            for part in await self.lend(guest_offset, length):
+                rest = copy_into(rest, part)
             guest_offset += length
 
     def forget(self, first_guest_cluster: int, count: int) -> None:
@@ -212,26 +231,18 @@ class CompressedClusters:
             return found[cluster]
         return self._inflate_here(cluster)
 
-    def _copy(
-        self, found: dict[int, bytes], views: list[memoryview], guest_offset: int, length: int
-    ) -> list[memoryview]:
-        """Copy `length` bytes of the clusters `found` into `views`; return the rest of those."""
-        index = position = 0
-        while length:
-            within = guest_offset & self._cluster_size - 1
-            target = views[index]
-            step = min(length, self._cluster_size - within, target.nbytes - position)
-            data = found[guest_offset >> self._cluster_bits]
-            if step == self._cluster_size:
-                target[position : position + step] = data
-            else:
-                target[position : position + step] = memoryview(data)[within : within + step]
-            position += step
-            if position == target.nbytes:
-                index, position = index + 1, 0
-            guest_offset += step
-            length -= step
-        return [views[index][position:], *views[index + 1 :]] if position else views[index:]
+    def _parts(self, found: dict[int, bytes], guest_offset: int, length: int) -> list[Buffer]:
+        """The parts of the clusters `found` that make up a range."""
+        size = self._cluster_size
+        first = guest_offset >> self._cluster_bits
+        last = guest_offset + length - 1 >> self._cluster_bits
+        parts: list[Buffer] = [found[cluster] for cluster in range(first, last + 1)]
+        end = (guest_offset + length - 1 & size - 1) + 1
+        if end < size:
+            parts[-1] = memoryview(parts[-1])[:end]
+        if within := guest_offset & size - 1:
+            parts[0] = memoryview(parts[0])[within:]
+        return parts
 
     def _inflate_here(self, cluster: int) -> bytes | None:
         """Inflate a small cluster in the caller's thread if its data can be had without waiting.

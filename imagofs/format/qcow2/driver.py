@@ -52,6 +52,8 @@ from .header import Header
 from .metadata import Metadata
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ...access import FormatAccess
     from ...creating import CreateOptions
     from ...opening import Locking, OpenContext
@@ -380,6 +382,15 @@ class Qcow2(FormatDriver):
                 raise
             # Written or discarded since the mapping was looked up.
             await self._writer.read_current(list(views), guest_offset)
+
+    def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        return self._compressed.lend_nowait(guest_offset, length)
+
+    async def lend(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        try:
+            return await self._compressed.lend(guest_offset, length)
+        except NotCompressed:
+            return None
 
     # --- writing ----------------------------------------------------------------------------
 
