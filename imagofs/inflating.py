@@ -15,6 +15,7 @@ back to the system in between), zstandard 1460 (one context per thread, one pass
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import zlib
 from collections import deque
@@ -40,6 +41,7 @@ __all__ = [
     "deflate_library",
     "inflate_deflate",
     "inflate_zstd",
+    "inflate_zstd_clusters",
 ]
 
 DEFAULT_INFLATED_BYTES = 64 << 20
@@ -125,6 +127,23 @@ def inflate_zstd(data: Buffer, length: int) -> bytes:
     return b"".join(parts)
 
 
+def inflate_zstd_clusters(frames: list[memoryview], length: int) -> list[bytes]:
+    """Inflate several clusters without taking the interpreter's lock in between.
+
+    Args:
+        frames: For each what `inflate_zstd` takes.
+        length: Bytes to make of each.
+
+    Returns:
+        The clusters; an empty list if this cannot be done.
+
+    Raises:
+        Exception: One of them is broken, or needs `inflate_zstd`.
+    """
+    whole_frames = zstd_library().whole_frames
+    return [] if whole_frames is None else whole_frames(frames, length)
+
+
 def zstd_frame_end(data: memoryview) -> int:
     """Bytes of the frame that `data` begins with (RFC 8878, 3.1 "Frames").
 
@@ -162,11 +181,13 @@ class _Zstd(NamedTuple):
     Attributes:
         whole_frame: Inflate the first frame, which makes `length` bytes; None if it does not, or
             if that cannot be known beforehand.
+        whole_frames: The same for several at a time, None if the library cannot.
         part_of_frame: Inflate no more than `limit` bytes of the one frame that `data` is.
         broken: What these raise for broken frames.
     """
 
     whole_frame: Callable[[Buffer, int], bytes | None]
+    whole_frames: Callable[[list[memoryview], int], list[bytes]] | None
     part_of_frame: Callable[[Buffer, int], bytes]
     broken: type[Exception]
 
@@ -202,12 +223,21 @@ def _with_zstandard(zstd: Any) -> _Zstd:
         inflated: bytes = context().decompress(data, allow_extra_data=True)
         return inflated
 
+    def whole_frames(frames: list[memoryview], length: int) -> list[bytes]:
+        if any(zstd.frame_content_size(frame) != length for frame in frames):
+            raise InflateError("a frame does not say that it makes a cluster")
+        sizes = length.to_bytes(8, sys.byteorder) * len(frames)
+        inflated = context().multi_decompress_to_buffer(frames, decompressed_sizes=sizes)
+        # Copies: a segment would keep the memory of all of them.
+        return [segment.tobytes() for segment in inflated]
+
     def part_of_frame(data: Buffer, limit: int) -> bytes:
         with context().stream_reader(data) as reader:
             inflated: bytes = reader.read(limit)
         return inflated
 
-    return _Zstd(whole_frame, part_of_frame, zstd.ZstdError)
+    many = whole_frames if "multi_decompress_to_buffer" in zstd.backend_features else None
+    return _Zstd(whole_frame, many, part_of_frame, zstd.ZstdError)
 
 
 def _with_standard_library(zstd: Any) -> _Zstd:
@@ -222,7 +252,7 @@ def _with_standard_library(zstd: Any) -> _Zstd:
         inflated: bytes = zstd.ZstdDecompressor(options=options).decompress(data, limit)
         return inflated
 
-    return _Zstd(whole_frame, part_of_frame, zstd.ZstdError)
+    return _Zstd(whole_frame, None, part_of_frame, zstd.ZstdError)
 
 
 # --- the cache ----------------------------------------------------------------------------------
@@ -396,12 +426,14 @@ class InflateThreads:
         limit: Threads at a time; None: one per processor, up to 4.
     """
 
-    __slots__ = ("_later", "_lock", "_running", "_urgent", "limit")
+    __slots__ = ("_done", "_later", "_lock", "_running", "_told", "_urgent", "limit")
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         self._lock = threading.Lock()
         self._running = 0
+        self._done: deque[Callable[[], None]] = deque()
+        self._told: trio.lowlevel.TrioToken | None = None  # whose loop will call `_finish`
         self._urgent: deque[_Work] = deque()
         self._later: deque[_Work] = deque()
 
@@ -428,10 +460,20 @@ class InflateThreads:
         """Do all the work that there is."""
         while (next_work := self._next()) is not None:
             next_work.work()
-            try:
-                next_work.token.run_sync_soon(next_work.done)
-            except trio.RunFinishedError:
-                pass
+            self._done.append(next_work.done)
+            # Told once for all that is done until it looks: each time wakes trio's thread.
+            if self._told is not next_work.token:
+                self._told = next_work.token
+                try:
+                    next_work.token.run_sync_soon(self._finish)
+                except trio.RunFinishedError:
+                    pass
+
+    def _finish(self) -> None:
+        """In trio's thread: call what is to be called for the work that is done."""
+        self._told = None
+        while self._done:
+            self._done.popleft()()
 
     def _next(self) -> _Work | None:
         with self._lock:

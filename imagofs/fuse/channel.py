@@ -386,25 +386,24 @@ class Channel:
 
     async def _read(self, unique: int, offset: int, size: int) -> None:
         lent = await self._disk.access.lend(offset, size) if size >= _LENT_BYTES else None
-        pooled = None if size <= _SMALL_BYTES or lent else self._replies.take()
-        try:
-            if lent:
-                message = memoryview(bytearray(OUT_HEADER_SIZE))
-            elif pooled is None:
-                message = memoryview(bytearray(OUT_HEADER_SIZE + size))
-                data = message[OUT_HEADER_SIZE:]
-            else:
-                data, message = pooled.slice(size)
-            if not lent:
-                await self._disk.access.readv((data,), offset)
-            protocol.OUT_HEADER.pack_into(message, 0, OUT_HEADER_SIZE + size, 0, unique)
-            self._reply(message, lent or ())
-            self.statistics.reads += 1
-            self.statistics.slow_reads += 1
-            self.statistics.read_bytes += size
-        finally:
-            if pooled is not None:
+        header = protocol.OUT_HEADER.pack(OUT_HEADER_SIZE + size, 0, unique)
+        if lent:
+            self._reply(header, lent)
+        elif size <= _SMALL_BYTES:
+            data = bytearray(size)
+            await self._disk.access.readv((data,), offset)
+            self._reply(header, (data,))
+        else:
+            pooled = self._replies.take()
+            try:
+                view, _ = pooled.slice(size)
+                await self._disk.access.readv((view,), offset)
+                self._reply(header, (view,))
+            finally:
                 self._replies.give_back(pooled)
+        self.statistics.reads += 1
+        self.statistics.slow_reads += 1
+        self.statistics.read_bytes += size
 
     def _write_later(self, unique: int, data: memoryview, offset: int) -> None:
         """Start a task for a WRITE whose data are in the receive buffer."""

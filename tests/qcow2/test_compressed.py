@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -16,7 +17,7 @@ import trio.testing
 import zstandard
 
 from imagofs import FormatAccess, Qcow2, open_image
-from imagofs.errors import ClosedError, CorruptImageError, StorageError
+from imagofs.errors import ClosedError, CorruptImageError, OutOfRangeError, StorageError
 from imagofs.format.qcow2 import compressed as module
 from imagofs.format.qcow2.compressed import CompressedClusters, NotCompressed
 from imagofs.format.qcow2.entries import COMPRESSED, OFFSET_MASK, from_big_endian
@@ -261,6 +262,18 @@ async def test_images_that_qemu_made(
         assert whole == expected
     order = random.Random(cluster_size)
     async with await open_image(image, inflated_bytes=MIB) as access:
+        lent = 0
+        for position in range(0, len(expected) - 100_000, 50_000):
+            await access.read(bytearray(1), position)  # loads the tables
+            there = access.lend_nowait(position, 100_000)
+            parts = await access.lend(position, 100_000)
+            for lending in (there, parts, access.lend_nowait(position, 100_000)):
+                if lending:
+                    lent += 1
+                    assert b"".join(lending) == expected[position : position + 100_000]
+        assert bool(lent) == (cluster_size >= 4096), "small clusters would be too many"
+        with pytest.raises(OutOfRangeError):
+            await access.lend(len(expected) - 1, 2)
         position = 0
         while position < len(expected):  # sequential, of any length
             length = min(order.choice([512, 4096, 70_000, 3 * MIB]), len(expected) - position)
@@ -378,6 +391,21 @@ async def test_zstd_clusters() -> None:
     with_it = disk(compress=compress, compression_type=1)
     total = 40 * 64 * KIB
     assert await with_it.read(0, total) == with_it.expected(0, total)
+
+
+async def test_one_broken_zstd_cluster_among_many() -> None:
+    compress = zstandard.ZstdCompressor().compress
+    with_it = disk(compress=compress, compression_type=1)
+    with_it.file.writev_nowait([memoryview(b"\xff" * 2000)], with_it.entries[7] & 0xFFFFFF)
+    with pytest.raises(CorruptImageError):
+        await with_it.read(0, 40 * 64 * KIB)
+    for cluster in (*range(7), *range(8, 40)):
+        start = cluster * 64 * KIB
+        assert await with_it.read(start, 64 * KIB) == with_it.contents[cluster]
+    with pytest.raises(CorruptImageError):
+        await with_it.read(7 * 64 * KIB, 1)
+    await with_it.settle()
+    with_it.assert_idle()
 
 
 @pytest.mark.parametrize("limit", [0, 100 * KIB, 10 * MIB])
@@ -901,6 +929,21 @@ async def test_a_storage_that_fails() -> None:
         await with_it.read(0, 64 * KIB)
     assert await with_it.read(0, 64 * KIB) == with_it.contents[0]
     await with_it.settle()
+    with_it.assert_idle()
+
+
+async def test_a_storage_that_fails_in_the_thread_that_reads_ahead() -> None:
+    class Refusing(CountingStorage):
+        def readv_nowait(self, views: Sequence[memoryview], offset: int) -> int:
+            if threading.current_thread() is not threading.main_thread():
+                raise StorageError("refused")
+            return super().readv_nowait(views, offset)
+
+    with_it = disk(wrap=Refusing)
+    for position in range(0, 40 * 64 * KIB, 64 * KIB):
+        assert await with_it.read(position, 64 * KIB) == with_it.expected(position, 64 * KIB)
+        await with_it.settle()
+    assert not with_it.cache.ahead
     with_it.assert_idle()
 
 

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...errors import ClosedError, CorruptImageError, UnsupportedError
-from ...inflating import InflatedCache, InflateError, inflate_deflate, inflate_zstd
+from ...inflating import (
+    InflatedCache,
+    InflateError,
+    inflate_deflate,
+    inflate_zstd,
+    inflate_zstd_clusters,
+)
 from ...sequential import SequentialReads
 from ...vectors import copy_into, total_length
 from .entries import CompressedRange, compressed_range
@@ -83,6 +89,7 @@ class CompressedClusters:
         self._cluster_bits = cluster_bits
         self._cluster_size = 1 << cluster_bits
         self._inflate = inflate_zstd if compression_type else inflate_deflate
+        self._inflate_many = inflate_zstd_clusters if compression_type else None
         self._cache = cache
         self._namespace = cache.namespace()
         self._filename = filename
@@ -400,49 +407,60 @@ class CompressedClusters:
         ]
 
     def _begin_job(self, pieces: list[Piece], *, wanted: bool) -> InflateJob:
-        job = InflateJob(pieces, wanted=wanted, take_buffer=self._cache.take_buffer)
-        missing = [
-            (view, host_offset)
-            for view, host_offset in job.reads
-            if self._storage.readv_nowait((view,), host_offset) != view.nbytes
-        ]
+        job = InflateJob(pieces, wanted=wanted, io_token=self._begin_io())
         self._jobs.add(job)
         for piece in pieces:
             self._inflight[piece.cluster] = job
-        if missing:
-            token = self._begin_io()
-            trio.lowlevel.spawn_system_task(self._read, job, missing, token)
-        else:
-            self._submit(job)
+        if wanted:  # what is inflated ahead is read by the thread, this one has more to do
+            self._read_nowait(job)
+        self._go_on(job)
         return job
 
-    async def _read(
-        self, job: InflateJob, reads: Iterable[tuple[memoryview, int]], token: int
-    ) -> None:
+    def _read_nowait(self, job: InflateJob) -> None:
+        """Read what a job needs as far as that needs no waiting, in any thread."""
+        try:
+            job.read_nowait(self._storage.readv_nowait, self._cache.take_buffer)
+        except Exception as error:  # it is raised again where somebody asked for the job
+            job.error = error
+
+    def _go_on(self, job: InflateJob) -> None:
+        """Do what is next for a job. A plain function, for trio's thread."""
+        if job.error is not None or job.results:
+            self._finish(job)
+        elif not job.missing:
+            self._cache.threads.submit(
+                lambda: self._work(job), lambda: self._go_on(job), urgent=bool(job.wanted)
+            )
+        else:
+            try:
+                trio.lowlevel.spawn_system_task(self._read, job)
+            except RuntimeError as error:  # trio's loop is ending
+                job.error = error
+                self._finish(job)
+
+    def _work(self, job: InflateJob) -> None:
+        """Inflate a job's clusters, in a thread, if what it needs can be read at once."""
+        if job.buffer is None:
+            self._read_nowait(job)
+        if job.error is None and not job.missing:
+            job.inflate(self._inflate, self._inflate_many, self._cluster_size)
+        if not job.missing and job.buffer is not None:
+            # At once: trio's thread may call `_finish` much later.
+            self._cache.give_buffer(job.buffer)
+
+    async def _read(self, job: InflateJob) -> None:
         """Read what a job needs; a task of the system's own, so that no reader can cancel it."""
         job.error = ClosedError("the image is closed", filename=self._filename)
         try:
             with job.reading:
-                for view, host_offset in reads:
+                for view, host_offset in job.missing:
                     await self._storage.readv((view,), host_offset)
                 job.error = None
         except Exception as error:  # it is raised again where somebody asked for the job
             job.error = error
         finally:
-            self._end_io(token)
-            if job.error is None:
-                self._submit(job)
-            else:
-                self._finish(job)
-
-    def _submit(self, job: InflateJob) -> None:
-        inflate, cluster_size, cache = self._inflate, self._cluster_size, self._cache
-
-        def work() -> None:
-            job.inflate(inflate, cluster_size)
-            cache.give_buffer(job.buffer)  # at once: trio's thread may call `_finish` much later
-
-        cache.threads.submit(work, lambda: self._finish(job), urgent=bool(job.wanted))
+            job.missing = []
+            self._go_on(job)
 
     def _finish(self, job: InflateJob) -> None:
         """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
@@ -458,4 +476,5 @@ class CompressedClusters:
             else:
                 self._cache.put_ahead(self._namespace + cluster, data)
         self._jobs.discard(job)
+        self._end_io(job.io_token)
         job.done.set()

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 __all__ = ["Qcow2"]
 
 _NO_TABLES = array("Q", bytes(8 * 4096))
+#: Smaller clusters (log2 of their bytes) are not lent: a request would have too many for a writev.
+_LENDING_BITS = 12
 
 
 class Qcow2(FormatDriver):
@@ -384,9 +386,13 @@ class Qcow2(FormatDriver):
             await self._writer.read_current(list(views), guest_offset)
 
     def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        if self._cluster_bits < _LENDING_BITS:
+            return None
         return self._compressed.lend_nowait(guest_offset, length)
 
     async def lend(self, guest_offset: int, length: int) -> list[Buffer] | None:
+        if self._cluster_bits < _LENDING_BITS:
+            return None
         try:
             return await self._compressed.lend(guest_offset, length)
         except NotCompressed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -32,12 +32,13 @@ class InflateJob:
     Args:
         pieces: The clusters, in the guest's order.
         wanted: Somebody has asked for them; otherwise they are inflated ahead.
-        take_buffer: Returns memory of at least so many bytes for what is read.
+        io_token: What `begin_io` returned for it.
 
     Attributes:
         pieces: As given.
-        buffer: The memory for what is read.
-        reads: The storage reads that fill it: views of it and host offsets.
+        io_token: As given.
+        buffer: The memory for what is read; None: `read_nowait` was not called yet.
+        missing: The storage reads that remain to be done: views of `buffer` and host offsets.
         results: What is done: inflated clusters, or why they could not be inflated. The thread
             enters each as soon as it is there.
         error: Why nothing could be read.
@@ -51,26 +52,40 @@ class InflateJob:
         "buffer",
         "done",
         "error",
+        "io_token",
+        "missing",
         "pieces",
         "reading",
-        "reads",
         "results",
         "wanted",
     )
 
-    def __init__(
-        self, pieces: list[Piece], *, wanted: bool, take_buffer: Callable[[int], bytearray]
-    ) -> None:
+    def __init__(self, pieces: list[Piece], *, wanted: bool, io_token: int) -> None:
         self.pieces = pieces
+        self.io_token = io_token
+        self.buffer: bytearray | None = None
+        self.missing: list[tuple[memoryview, int]] = []
         self.results: dict[int, bytes | Exception] = {}
         self.error: Exception | None = None
         self.wanted = {piece.cluster for piece in pieces} if wanted else set()
         self.done = trio.Event()
         self.reading = trio.CancelScope()
+        self._frames: list[memoryview] = []
 
+    def read_nowait(
+        self,
+        readv_nowait: Callable[[Sequence[memoryview], int], int],
+        take_buffer: Callable[[int], bytearray],
+    ) -> None:
+        """Read what can be had without waiting; the rest is `missing`. A plain function.
+
+        Args:
+            readv_nowait: The storage's.
+            take_buffer: Returns memory of at least so many bytes.
+        """
         spans: list[list[int]] = []  # of the file: start, end
         span_of: list[int] = []
-        for _, (host_offset, length) in pieces:
+        for _, (host_offset, length) in self.pieces:
             end = host_offset + length
             if spans and spans[-1][0] <= host_offset <= spans[-1][1] + _READ_GAP:
                 spans[-1][1] = max(spans[-1][1], end)
@@ -79,23 +94,39 @@ class InflateJob:
             span_of.append(len(spans) - 1)
         self.buffer = take_buffer(sum(end - start for start, end in spans))
         view = memoryview(self.buffer)
-        self.reads: list[tuple[memoryview, int]] = []
+        reads: list[tuple[memoryview, int]] = []
         position = 0
         for start, end in spans:
-            self.reads.append((view[position : position + end - start], start))
+            reads.append((view[position : position + end - start], start))
             position += end - start
-        self._frames: list[tuple[int, memoryview]] = []
-        for number, (cluster, (host_offset, length)) in zip(span_of, pieces, strict=True):
-            data, start = self.reads[number]
+        for number, (_, (host_offset, length)) in zip(span_of, self.pieces, strict=True):
+            data, start = reads[number]
             at = host_offset - start
-            self._frames.append((cluster, data[at : at + length]))
+            self._frames.append(data[at : at + length])
+        self.missing = [
+            (data, start) for data, start in reads if readv_nowait((data,), start) != data.nbytes
+        ]
 
-    def inflate(self, inflate: Callable[[memoryview, int], bytes], cluster_size: int) -> None:
+    def inflate(
+        self,
+        inflate: Callable[[memoryview, int], bytes],
+        inflate_many: Callable[[list[memoryview], int], list[bytes]] | None,
+        cluster_size: int,
+    ) -> None:
         """Fill `results`. For a thread; never raises. The buffer is free afterwards."""
-        for cluster, frame in self._frames:
+        frames = self._frames
+        self._frames = []
+        if inflate_many is not None:
             try:
-                self.results[cluster] = inflate(frame, cluster_size)
+                many = inflate_many(frames, cluster_size)
+            except Exception:  # one by one tells which of them is broken
+                many = []
+            if many:
+                clusters = (piece.cluster for piece in self.pieces)
+                self.results.update(zip(clusters, many, strict=True))
+                return
+        for piece, frame in zip(self.pieces, frames, strict=True):
+            try:
+                self.results[piece.cluster] = inflate(frame, cluster_size)
             except Exception as error:  # it is raised again where somebody asked for it
-                self.results[cluster] = error
-        self._frames.clear()
-        self.reads.clear()
+                self.results[piece.cluster] = error
