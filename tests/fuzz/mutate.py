@@ -10,13 +10,14 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.fuzz.case import Case
 from tests.fuzz.seeds import KINDS, seed
 from tests.qcow2.damage import COMPRESSED, COPIED, OFFSET, Image
 
-__all__ = ["HEADER_FIELDS", "NAMES", "STREAMS", "case_of"]
+__all__ = ["HEADER_FIELDS", "NAMES", "STREAMS", "case_of", "corpus"]
 
 
 class _Choices(random.Random):
@@ -77,6 +78,12 @@ NAMES = [
     b"data",
     b"one",
 ]
+
+
+def corpus() -> list[bytes]:
+    """The recipes that are kept: each has led an earlier run to code that no other had reached."""
+    lines = Path(__file__).with_name("corpus.txt").read_text().split()
+    return [bytes.fromhex(line) for line in lines]
 
 
 def case_of(recipe: bytes) -> Case:

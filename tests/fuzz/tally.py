@@ -66,7 +66,8 @@ class Tally:
             (folder / "sizes").write_text(f"to be made so long with truncate: {case.sizes}\n")
 
     def save(self) -> None:
-        """Leave the counts for the process that began this one."""
+        """Leave the counts for the process that began this one. It is the end."""
+        self._work.cleanup()
         data = {"counts": self.counts, "findings": self.findings}
         (self.found / "tally.json").write_text(json.dumps(data))
         self._running.unlink(missing_ok=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz import tally
 from tests.fuzz.bounds import Finding, Stuck, bounded
 from tests.fuzz.case import Case, Outcome, try_case
-from tests.fuzz.mutate import case_of
+from tests.fuzz.mutate import case_of, corpus
 from tests.fuzz.seeds import KINDS, seed
-from tests.fuzz.tally import scratch
-
-CORPUS = sorted(Path(__file__).with_name("corpus").iterdir())
 
 
 def tried(case: Case) -> Outcome:
-    with tempfile.TemporaryDirectory(dir=scratch()) as folder:
+    with tempfile.TemporaryDirectory(dir=tally.scratch()) as folder:
         return try_case(case, Path(folder))
 
 
@@ -34,12 +34,11 @@ def test_any_recipe(recipe: bytes):
     assert outcome.finding is None, outcome.finding
 
 
-def test_what_the_corpus_holds():
-    """What led to new code once: a part of it, another one each time."""
-    start = int(time.time()) % max(len(CORPUS) - 80, 1)
-    for path in CORPUS[start : start + 80]:
-        outcome = tried(case_of(path.read_bytes()))
-        assert outcome.finding is None, f"{path}: {outcome.finding}"
+def test_recipes_of_the_corpus():
+    """Some of them, others each time."""
+    for recipe in random.sample(corpus(), 50):
+        outcome = tried(case_of(recipe))
+        assert outcome.finding is None, f"{recipe.hex()}: {outcome.finding}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,3 +85,36 @@ def test_changes_of_other_files_are_seen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(case, "_look", clumsy)
     outcome = tried(Case("qcow2-chain", seed("qcow2-chain")))
     assert outcome.finding is not None and "reading changed" in outcome.finding
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_counts_what_it_tried(tmp_path: Path):
+    words = [
+        "-m",
+        "tests.fuzz",
+        "--plain",
+        "--seconds",
+        "0.5",
+        "--seed",
+        "7",
+        "--found",
+        str(tmp_path),
+    ]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"seed 7: [1-9]\d* cases, \d+ accepted, \d+ refused, 0 kinds", done.stdout)
+
+
+def test_a_finding_is_kept_with_what_reproduces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tally, "try_case", lambda *_, **how: Outcome(finding="broken at 17"))
+    counted = tally.Tally(tmp_path)
+    for recipe in (b"", b"\5\3"):
+        counted.run(recipe)
+    counted.save()
+    assert list(counted.findings.values()) == [2]
+    [folder] = tmp_path.glob("finding-*")
+    assert case_of((folder / "recipe").read_bytes()) == case_of(b"")
+    assert (folder / "image").read_bytes() == case_of(b"").files["image"]
+    assert (folder / "why").read_text() == "broken at 17"

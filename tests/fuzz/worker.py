@@ -31,9 +31,13 @@ def plain(seed: str, seconds: float, found: Path) -> None:
 
 
 def guided(seed: str, seconds: float, found: Path) -> None:
-    """Recipes that reach more and more of the code; those are left in `corpus` beside `found`."""
+    """Recipes that reach more and more of the code; those are left in `corpus` beside `found`.
+
+    One that is worth keeping goes into corpus.txt, in hexadecimal.
+    """
     atheris: Any = import_module("atheris")
     with atheris.instrument_imports(include=["imagofs"]):
+        from tests.fuzz.mutate import corpus
         from tests.fuzz.tally import Tally
 
     tally = Tally(found, seconds=_GUIDED_SECONDS)
@@ -45,11 +49,12 @@ def guided(seed: str, seconds: float, found: Path) -> None:
             tally.save()
             os._exit(0)  # the fuzzer would not come to an end otherwise
 
-    new = found.parent / "corpus"
-    new.mkdir(exist_ok=True)
-    kept = Path(__file__).with_name("corpus")
+    folder = found.parent / "corpus"
+    folder.mkdir(exist_ok=True)
+    for number, recipe in enumerate(corpus()):
+        (folder / f"kept-{number}").write_bytes(recipe)
     options = [f"-seed={seed}", f"-max_len={_RECIPE_BYTES}", "-len_control=0", "-timeout=60"]
-    atheris.Setup([sys.argv[0], *options, str(new), str(kept)], try_one)
+    atheris.Setup([sys.argv[0], *options, str(folder)], try_one)
     atheris.Fuzz()
 
 
