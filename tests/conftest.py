@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ from tests import qemu
 # Where /tmp is a tmpfs (Debian 13's default), tests would miss what a disk's file system does:
 # O_DIRECT, a page cache that can be dropped, RWF_NOWAIT, a size limit. /var/tmp is on a disk.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
+
+# A shell starts what runs in the background with SIGINT ignored, and all that it starts inherits
+# that; some tests end programs with it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machines differ in speed: time limits are pytest-timeout's business, not hypothesis'.
 settings.register_profile(
