@@ -21,8 +21,8 @@ __all__ = ["Counts", "StoredCounts", "differences", "read_bytes", "read_table"]
 _MAX_CHUNK_BITS = 12
 #: Memory for chunks in which next to nothing is counted, in bytes.
 _SPARSE_BYTES = 24 << 20
-#: Beyond it one cluster in so many must be counted.
-_SPARSE_FACTOR = 16
+#: For each reference there may be so many counts.
+_SPARSE_FACTOR = 4
 _STRETCH = 256
 _FLAT_BITS = 62  # more clusters than a file can have
 _TYPE_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
@@ -51,14 +51,14 @@ class Counts:
         header: The image's header.
         clusters: Host clusters that there are.
         flat: Keep all counts in one chunk, which exists from the start.
-        filename: For error messages.
+        storage: The image file: the more room it takes, the more memory its counts may.
     """
 
     def __init__(
-        self, header: Header, clusters: int, *, flat: bool = False, filename: str | None = None
+        self, header: Header, clusters: int, *, flat: bool = False, storage: Storage | None = None
     ) -> None:
         self.clusters = clusters
-        self._filename = filename
+        self._storage = storage
         #: log2 of the clusters of a piece, which never reaches beyond a refcount block.
         self.piece_bits = min(_MAX_CHUNK_BITS, header.cluster_bits + 3 - header.refcount_order)
         #: log2 of the clusters of a chunk: a piece, or all.
@@ -145,14 +145,17 @@ class Counts:
         """See that a new chunk is worth its memory.
 
         References that are far from each other take a chunk each: a hostile image of a MiB could
-        ask for gigabytes. Where a few in a hundred clusters are used, it does not matter.
+        ask for gigabytes.
         """
         self._room += len(chunk) * chunk.itemsize
-        if self._room > _SPARSE_BYTES + _SPARSE_FACTOR * self._counted * chunk.itemsize:
+        allowed = _SPARSE_BYTES + _SPARSE_FACTOR * self._counted * chunk.itemsize
+        if self._storage is not None and self._room > allowed + (
+            self._storage.allocated_bytes() >> 3
+        ):
             raise UnsupportedError(
                 f"its clusters are spread over {self.clusters} so thinly that counting their "
                 f"references would take too much memory",
-                filename=self._filename,
+                filename=self._storage.filename,
             )
 
     def _add_each(self, chunk: array[int], index: int, low: int, high: int, times: int) -> bool:

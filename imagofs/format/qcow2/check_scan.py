@@ -125,7 +125,7 @@ class Scan:
         self.cluster_size = header.cluster_size
         self.clusters = self.size + header.cluster_size - 1 >> header.cluster_bits
         flat = stored.flat is not None if stored is not None else can_be_flat(storage, header)
-        self.counts = Counts(header, self.clusters, flat=flat, filename=storage.filename)
+        self.counts = Counts(header, self.clusters, flat=flat, storage=storage)
         self._vectorised = Vectorised(self) if flat else None
         #: Clusters of metadata that may still be met. All that is not in a hole has its room.
         self._room = _FOR_NOTHING + (storage.allocated_bytes() >> header.cluster_bits)
