@@ -30,6 +30,15 @@ _PAUSE_FACTOR = 10
 #: Slow writes with no more than this between them (seconds), a pause left out, are in turn.
 _IN_TURN = 0.02
 
+#: Large in-line writes (bytes) that were slower than this (seconds per byte), two in turn: the page
+#: cache finds no memory, because it must drop something else, or because the host of a virtual
+#: machine has to give it some. So many of the next large ones leave nothing in it (Linux 6.14);
+#: then one tries again.
+LARGE_WRITE = 64 << 10
+DEAR_PER_BYTE = 1.25e-9
+UNCACHED_WRITES = 64
+_RWF_DONTCACHE = 0x80
+
 #: A sync after no more bytes than this makes a file one that is synced often: from then on the
 #: device is given what was written each time that it is this much, so that the sync waits for less.
 _OFTEN = 64 << 20
@@ -60,6 +69,9 @@ class InlineStorage(Storage):
         self._write_inline_from = 0.0
         self._slow_reads = 0
         self._slow_write_end = 0.0  # when the last slow in-line write ended
+        self._dear_writes = 0
+        self._uncached_writes = 0  # that are still to come
+        self._dontcache = _RWF_DONTCACHE  # 0 where it is not known
         self._written = 0  # bytes written in line since the last hand-over or sync
         self._handed_over = 0  # bytes handed over since the last sync
         self._hand_over_at = _NEVER
@@ -131,21 +143,46 @@ class InlineStorage(Storage):
         start = _monotonic()
         if start < self._write_inline_from:
             return 0
+        flags = self._uncached_writes and self._uncached_flags(views)
         try:
-            done = _pwritev(self._write_fd, views, offset)
-        except (OSError, OverflowError):
-            return 0
+            done = _pwritev(self._write_fd, views, offset, flags)
+        except (OSError, OverflowError) as error:
+            return self._writev_refused(views, offset, flags, error)
         if offset + done > self._size and done:
             self._size = offset + done
         self._written += done
         if self._written >= self._hand_over_at:
             self._hand_over()
         end = _monotonic()
+        if done >= LARGE_WRITE:
+            self._judge_large_write(done, end - start, flags)
         if end - start > SLOW_WRITE:
             in_turn = start - self._slow_write_end < _IN_TURN
             pause = max(PAUSE, (end - start) * _PAUSE_FACTOR) if in_turn else 0.0
             self._write_inline_from = self._slow_write_end = end + pause
         return done
+
+    def _uncached_flags(self, views: Sequence[memoryview]) -> int:
+        return self._dontcache if total_length(views) >= LARGE_WRITE else 0
+
+    def _writev_refused(
+        self, views: Sequence[memoryview], offset: int, flags: int, error: Exception
+    ) -> int:
+        if flags and isinstance(error, OSError) and error.errno in syscalls.UNSUPPORTED:
+            self._dontcache = self._uncached_writes = 0
+            return self.writev_nowait(views, offset)
+        return 0
+
+    def _judge_large_write(self, length: int, taken: float, flags: int) -> None:
+        """Decide whether the next large writes are kept in the cache."""
+        if flags:
+            self._uncached_writes -= 1
+        elif taken <= length * DEAR_PER_BYTE:
+            self._dear_writes = 0
+        else:
+            self._dear_writes += 1
+            if self._dear_writes > 1 and self._dontcache:
+                self._uncached_writes = UNCACHED_WRITES
 
     def _hand_over(self) -> None:
         """Let the device begin with what was written. Errors are left to the next sync."""

@@ -332,6 +332,8 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 1000.0
         self.read_takes = self.write_takes = 0.0
+        self.write_flags = []
+        self.knows_dontcache = True
         monkeypatch.setattr(inline, "_monotonic", lambda: self.now)
         monkeypatch.setattr(inline, "_preadv", self.preadv)
         monkeypatch.setattr(inline, "_pwritev", self.pwritev)
@@ -342,8 +344,11 @@ class Clock:
         self.now += self.read_takes
         return os.preadv(fd, buffers, offset)
 
-    def pwritev(self, fd, buffers, offset):
+    def pwritev(self, fd, buffers, offset, flags=0):
         self.now += self.write_takes
+        self.write_flags.append(flags)
+        if flags and not self.knows_dontcache:
+            raise OSError(errno.EOPNOTSUPP, "as before Linux 6.14")
         return os.pwritev(fd, buffers, offset)
 
 
@@ -371,6 +376,38 @@ async def test_slow_writes_pause_the_in_line_ones_and_not_the_reads(tmp_path, mo
         assert write(0.0) == 0
         clock.now += 0.2
         assert [write(0.0) for _ in range(3)] == [512] * 3
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_large_writes_pass_the_cache_by_while_its_memory_is_dear(
+    tmp_path, monkeypatch, known
+):
+    (tmp_path / "file").touch()
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        clock = Clock(monkeypatch)
+        clock.knows_dontcache = known
+        large, small = views(os.urandom(1 << 20)), views(bytes(4096))
+
+        def write(part):
+            clock.write_flags.clear()
+            assert storage.writev_nowait(part, 0) == part[0].nbytes
+            return clock.write_flags == [inline._RWF_DONTCACHE]
+
+        clock.write_takes = 0.001
+        assert not any(write(large) for _ in range(8))
+        clock.write_takes = 0.002
+        assert not any(write(large) for _ in range(2))
+        assert not write(small)
+        if not known:
+            assert not any(write(large) for _ in range(8))
+            assert clock.write_flags == [0]
+            return
+        assert all(write(large) for _ in range(inline.UNCACHED_WRITES))
+        assert not write(large)  # tried again, and as slow as before
+        assert all(write(large) for _ in range(inline.UNCACHED_WRITES))
+        clock.write_takes = 0.001
+        assert not any(write(large) for _ in range(inline.UNCACHED_WRITES))
+    assert (tmp_path / "file").read_bytes() == bytes(large[0])
 
 
 async def test_a_file_that_is_synced_often_is_written_out_early(tmp_path, monkeypatch):
