@@ -290,3 +290,13 @@ async def test_changed_parts_of_a_table_are_written_together_and_nothing_else_wi
     assert max(lengths) == cluster  # the data
     await image.close()
     assert_sound(path, contents)
+
+
+async def test_a_run_that_several_sectors_of_a_block_count(new_image) -> None:
+    path = new_image("4M", cluster_size=4096, refcount_bits=64)
+    contents = bytearray(4 << 20)
+    contents[4096 : 1 << 20] = b"\1" * ((1 << 20) - 4096)  # 255 clusters, 64 to a sector
+    image = await writable(path)
+    await image.write(contents[4096 : 1 << 20], 4096)
+    await image.close()
+    assert_sound(path, contents)

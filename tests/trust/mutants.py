@@ -245,7 +245,8 @@ MUTANTS = (
         "a reference is taken off before that is durable",
         "planning.py",
         """\
-        self._refcounts.dropped.update(plan.dropped)
+        if plan.dropped:
+            self._refcounts.dropped.update(plan.dropped)
 """,
         """\
         for c in plan.dropped:
@@ -430,11 +431,15 @@ MUTANTS = (
         "            length",
     ),
     Mutant(
-        "crash",
+        "allocation",
         "the last changed sector of a refcount block is not written",
         "refcounts.py",
-        "(within + number - 1) * bits // 8 // _SECTOR + 1)",
-        "(within + number - 1) * bits // 8 // _SECTOR)",
+        """\
+        last_sector = (within + number - 1) * self._bits // 8 // _SECTOR
+""",
+        """\
+        last_sector = first_sector
+""",
     ),
     Mutant(
         "crash",

@@ -181,6 +181,8 @@ class CompressedClusters:
         What is being inflated for them by now does not enter the cache.
         """
         self._cache.drop_range(self._namespace + first_guest_cluster, count)
+        if not self._inflight:
+            return
         last = first_guest_cluster + count - 1
         for cluster in [c for c in self._inflight if first_guest_cluster <= c <= last]:
             del self._inflight[cluster]

@@ -78,6 +78,8 @@ class OwnClusters:
         index = bisect_right(self._starts, clusters.stop - 1) - 1
         if clusters and index >= 0 and self._ends[index] > clusters.start:
             return True
+        if self._highest < clusters.start:
+            return False
         return bool(self._count) and any(cluster in self._singles for cluster in clusters)
 
     def add_range(self, clusters: range) -> None:

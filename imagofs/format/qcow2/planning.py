@@ -493,7 +493,8 @@ class Planner:
                 table = l2.change_slice(guest_offset >> l2.slice_bits)
             index = (guest_offset >> self._cluster_bits & l2.slice_mask) * l2.entry_words
             table[index : index + len(words)] = words
-        self._refcounts.dropped.update(plan.dropped)
+        if plan.dropped:
+            self._refcounts.dropped.update(plan.dropped)
 
     def give_up(self, plan: Plan) -> None:
         """Give back what a plan allocated that is not carried out."""

@@ -177,11 +177,14 @@ class Refcounts:
         self.blocks[index] = block
         within = first & self._block_entries - 1
         block[within : within + number] = array(block.typecode, [count]) * number
-        sectors = self.dirty_sectors.setdefault(index, set())
-        bits = self._bits
-        sectors.update(
-            range(within * bits // 8 // _SECTOR, (within + number - 1) * bits // 8 // _SECTOR + 1)
-        )
+        sectors = self.dirty_sectors.get(index)
+        if sectors is None:
+            sectors = self.dirty_sectors[index] = set()
+        first_sector = within * self._bits // 8 // _SECTOR
+        last_sector = (within + number - 1) * self._bits // 8 // _SECTOR
+        sectors.add(first_sector)
+        if last_sector > first_sector:
+            sectors.update(range(first_sector + 1, last_sector + 1))
 
     def get(self, cluster: int) -> int:
         """The count of a host cluster as it is in memory.
@@ -294,8 +297,9 @@ class Refcounts:
         if self.growing:
             raise TableFull
         found = self._find(number)
-        if any(self._is_over_metadata(run) for run in found.runs):
-            raise self.uncounted_metadata()
+        for run in found.runs:
+            if self._is_over_metadata(run):
+                raise self.uncounted_metadata()
         # From here on nothing may raise.
         self._free[: found.used_free] = [] if found.rest is None else [found.rest]
         self._cursor = max(self._cursor, found.cursor)

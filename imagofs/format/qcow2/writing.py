@@ -165,12 +165,12 @@ class Writer:
             False: nothing was changed; give all of it to `writev`.
         """
         end = guest_offset + view.nbytes
-        metadata = self._metadata
+        metadata, locks = self._metadata, self._driver.locks
         if (
             not self._prepared
             or metadata.lost is not None
             or end > self._slice_end(guest_offset)
-            or not self._driver.locks.is_free(*self._clusters(guest_offset, end))
+            or (locks.entries and not locks.is_free(*self._clusters(guest_offset, end)))
             or not self._l2.is_table_ours(guest_offset)
             or metadata.dirty_bytes() > _DIRTY_LIMIT
         ):
@@ -189,10 +189,14 @@ class Writer:
         return False
 
     def _write_pieces_nowait(self, plan: Plan, view: memoryview, guest_offset: int) -> bool:
+        write = self._data_storage.writev_nowait
+        if len(plan.pieces) == 1:
+            piece = plan.pieces[0]
+            if piece.source is Source.REQUEST:  # it is all of the request
+                return write((view,), piece.host_offset) == piece.length
         for piece in plan.pieces:
             if piece.source is Source.OLD:
                 return False
-        write = self._data_storage.writev_nowait
         for host_offset, buffers in self._writes(plan, [view], guest_offset, {}):
             if write(buffers, host_offset) != total_length(buffers):
                 return False
