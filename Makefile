@@ -17,11 +17,11 @@ WORKERS ?= 2
 # then leave no files of root's in the tree.
 ifeq ($(shell id -u),0)
 AS_ROOT := $(PY)
-PYTEST := $(PY) -m pytest
+PYTEST := .ci/rooted $(PY) -m pytest
 else
 AS_ROOT := sudo env PYTHONDONTWRITEBYTECODE=1 $(PY)
 PYTEST := sudo env PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/imagofs-hypothesis \
-	$(PY) -m pytest -p no:cacheprovider
+	.ci/rooted $(PY) -m pytest -p no:cacheprovider
 endif
 
 help: ## show this list
