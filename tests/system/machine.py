@@ -94,7 +94,7 @@ class Machine:
 
     def run(self, *words: str | Path, ok: int | None = 0) -> str:
         """Run a command inside; returns what it printed. `ok` is its exit code (None: any)."""
-        command = ["nsenter", "-t", str(self.pid), "-m", "-p", "-C", "-u", "-i", "--"]
+        command = ["nsenter", "-t", str(self.pid), "-r", "-m", "-p", "-C", "-u", "-i", "--"]
         done = subprocess.run(
             [*command, *map(str, words)],
             stdin=subprocess.DEVNULL,
