@@ -19,11 +19,12 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import trio
 
@@ -37,6 +38,7 @@ __all__ = [
     "DEFAULT_INFLATED_BYTES",
     "InflateError",
     "InflateThreads",
+    "Inflated",
     "InflatedCache",
     "deflate_library",
     "inflate_deflate",
@@ -45,6 +47,9 @@ __all__ = [
 ]
 
 DEFAULT_INFLATED_BYTES = 64 << 20
+
+#: An inflated cluster. Both kinds are read alike, and neither ever changes.
+Inflated: TypeAlias = bytes | memoryview
 
 _NAMESPACE_BITS = 56  # room for every guest cluster of the smallest size
 _ENTRY_OVERHEAD = 150  # bytes: the object's header, the key, a dictionary's slot
@@ -127,7 +132,7 @@ def inflate_zstd(data: Buffer, length: int) -> bytes:
     return b"".join(parts)
 
 
-def inflate_zstd_clusters(frames: list[memoryview], length: int) -> list[bytes]:
+def inflate_zstd_clusters(frames: list[memoryview], length: int) -> list[memoryview]:
     """Inflate several clusters without taking the interpreter's lock in between.
 
     Args:
@@ -135,7 +140,8 @@ def inflate_zstd_clusters(frames: list[memoryview], length: int) -> list[bytes]:
         length: Bytes to make of each.
 
     Returns:
-        The clusters; an empty list if this cannot be done.
+        The clusters, which share memory: it is kept while one of them is. An empty list if this
+        cannot be done.
 
     Raises:
         Exception: One of them is broken, or needs `inflate_zstd`.
@@ -187,7 +193,7 @@ class _Zstd(NamedTuple):
     """
 
     whole_frame: Callable[[Buffer, int], bytes | None]
-    whole_frames: Callable[[list[memoryview], int], list[bytes]] | None
+    whole_frames: Callable[[list[memoryview], int], list[memoryview]] | None
     part_of_frame: Callable[[Buffer, int], bytes]
     broken: type[Exception]
 
@@ -223,13 +229,12 @@ def _with_zstandard(zstd: Any) -> _Zstd:
         inflated: bytes = context().decompress(data, allow_extra_data=True)
         return inflated
 
-    def whole_frames(frames: list[memoryview], length: int) -> list[bytes]:
+    def whole_frames(frames: list[memoryview], length: int) -> list[memoryview]:
         if any(zstd.frame_content_size(frame) != length for frame in frames):
             raise InflateError("a frame does not say that it makes a cluster")
         sizes = length.to_bytes(8, sys.byteorder) * len(frames)
         inflated = context().multi_decompress_to_buffer(frames, decompressed_sizes=sizes)
-        # Copies: a segment would keep the memory of all of them.
-        return [segment.tobytes() for segment in inflated]
+        return [memoryview(segment) for segment in inflated]
 
     def part_of_frame(data: Buffer, limit: int) -> bytes:
         with context().stream_reader(data) as reader:
@@ -263,8 +268,8 @@ class InflatedCache:
 
     Two generations, so that a hit in the young one moves nothing. When that has grown to half the
     limit, it joins the old one, whose oldest clusters make room; what is asked for there becomes
-    young again. Beside them is what was inflated ahead and nobody has asked for yet: first in,
-    first out, so that read-ahead never displaces what is used.
+    young again. Beside them is what was inflated ahead of sequential reads: first in, first out,
+    read or not, so that a pass over the disk displaces nothing, and moves nothing either.
 
     Args:
         limit: Bytes that are kept. A cache too small for one cluster still keeps the newest.
@@ -287,12 +292,12 @@ class InflatedCache:
 
     def __init__(self, limit: int = DEFAULT_INFLATED_BYTES) -> None:
         self.limit = limit
-        #: Bytes of `limit` for what nobody has asked for yet.
+        #: Bytes of `limit` for what was inflated ahead.
         self.ahead_limit = limit // 4
-        #: The fast path looks here by itself, and calls `get` if it finds nothing.
+        #: The fast path looks here and in `ahead` by itself, and calls `get` if it finds nothing.
         self.young: dict[int, bytes] = {}
         #: What was inflated ahead, oldest first. Change it with the methods only.
-        self.ahead: dict[int, bytes] = {}
+        self.ahead: dict[int, Inflated] = {}
         #: The threads that fill this cache.
         self.threads = InflateThreads()
         self._used_limit = limit - self.ahead_limit
@@ -309,13 +314,14 @@ class InflatedCache:
         """Bytes that are kept now, bookkeeping included."""
         return self._used_bytes + self._ahead_bytes
 
-    def get(self, key: int) -> bytes | None:
+    def get(self, key: int) -> Inflated | None:
         """The cluster at `key`, None if it is not cached. It counts as used."""
-        data = self.young.get(key)
-        if data is None:
-            data = self._old.pop(key, None)
-            if data is not None:
-                self._enter(key, data)
+        found = self.young.get(key) or self.ahead.get(key)
+        if found is not None:
+            return found
+        data = self._old.pop(key, None)
+        if data is not None:
+            self._enter(key, data)
         return data
 
     def __contains__(self, key: int) -> bool:
@@ -325,10 +331,6 @@ class InflatedCache:
     def put(self, key: int, data: bytes) -> None:
         """Keep `data` at `key`, in the place of what was there."""
         self.drop(key)
-        self._use(key, data)
-
-    def _use(self, key: int, data: bytes) -> None:
-        """Keep `data` at `key`, where nothing is, as the newest."""
         self._used_bytes += _cost(data)
         self._enter(key, data)
         # One out for one in: the allocator then uses the same, warm memory again. A generation
@@ -345,20 +347,16 @@ class InflatedCache:
         self.young[key] = data
         self._young_bytes += cost
 
-    def put_ahead(self, key: int, data: bytes) -> None:
-        """Keep `data` at `key` until it is asked for, or something newer needs the room."""
+    def put_ahead(self, key: int, data: Inflated) -> None:
+        """Keep `data` at `key` until something newer needs the room.
+
+        Clusters that share memory are put one after the other: so they leave, and it is free.
+        """
         self.drop(key)
         self.ahead[key] = data
         self._ahead_bytes += _cost(data)
         while self._ahead_bytes > self.ahead_limit and len(self.ahead) > 1:
             self._drop_ahead(next(iter(self.ahead)))
-
-    def promote(self, key: int) -> bytes | None:
-        """The cluster at `key` if it was inflated ahead; from now on it counts as used."""
-        data = self._drop_ahead(key)
-        if data is not None:
-            self._use(key, data)
-        return data
 
     def drop(self, key: int) -> None:
         """Forget the cluster at `key`."""
@@ -401,14 +399,13 @@ class InflatedCache:
         if len(self._buffers) < _MAX_THREADS and len(buffer) == _BUFFER_BYTES:
             self._buffers.append(buffer)
 
-    def _drop_ahead(self, key: int) -> bytes | None:
+    def _drop_ahead(self, key: int) -> None:
         data = self.ahead.pop(key, None)
         if data is not None:
             self._ahead_bytes -= _cost(data)
-        return data
 
 
-def _cost(data: bytes) -> int:
+def _cost(data: Inflated) -> int:
     return len(data) + _ENTRY_OVERHEAD
 
 
@@ -420,7 +417,8 @@ class InflateThreads:
 
     The work belongs to nobody: a task that waits for its end may be cancelled, and the work goes
     on. A thread that is done takes the next work by itself, so that all goes on while trio's thread
-    is busy with something else.
+    is busy with something else. Trio's thread is woken only for what somebody waits for, or when
+    there is no more to do: it would take the interpreter's lock just when the others need it.
 
     Args:
         limit: Threads at a time; None: one per processor, up to 4.
@@ -433,47 +431,57 @@ class InflateThreads:
         self._lock = threading.Lock()
         self._running = 0
         self._done: deque[Callable[[], None]] = deque()
-        self._told: trio.lowlevel.TrioToken | None = None  # whose loop will call `_finish`
+        self._told: trio.lowlevel.TrioToken | None = None  # whose loop will call `settle`
         self._urgent: deque[_Work] = deque()
         self._later: deque[_Work] = deque()
 
-    def submit(self, work: Callable[[], None], done: Callable[[], None], *, urgent: bool) -> None:
-        """Call `work` in a thread and then, in trio's thread, `done`. A plain function.
+    def submit(
+        self, work: Callable[[], None], done: Callable[[], None], awaited: Callable[[], bool]
+    ) -> None:
+        """Call `work` in a thread and then, some time, in trio's thread, `done`. A plain function.
 
         Args:
             work: Must not raise, nor wait for anything.
             done: Must not raise. Not called if trio's loop has ended meanwhile.
-            urgent: Somebody waits for it: it overtakes what is not urgent.
+            awaited: Whether somebody waits for `done`; called in any thread. If so, the work
+                overtakes what nobody waits for. Whoever begins to wait calls `settle` then.
         """
+        self.settle()
+        urgent = awaited()
         with self._lock:
             token = trio.lowlevel.current_trio_token()
-            (self._urgent if urgent else self._later).append(_Work(work, done, token))
+            (self._urgent if urgent else self._later).append(_Work(work, done, awaited, token))
             if self._running >= self.limit:
                 return
             self._running += 1
         try:
-            trio.lowlevel.start_thread_soon(self._work, _ignore, "imagofs inflate")
+            trio.lowlevel.start_thread_soon(self._work_in_thread, _ignore, "imagofs inflate")
         except RuntimeError:  # the system has no thread left
+            self._work()
+
+    def settle(self) -> None:
+        """In trio's thread: call `done` for all work that is done by now."""
+        self._told = None
+        while self._done:
+            self._done.popleft()()
+
+    def _work_in_thread(self) -> None:
+        with _in_the_background():
             self._work()
 
     def _work(self) -> None:
         """Do all the work that there is."""
-        while (next_work := self._next()) is not None:
-            next_work.work()
-            self._done.append(next_work.done)
-            # Told once for all that is done until it looks: each time wakes trio's thread.
-            if self._told is not next_work.token:
-                self._told = next_work.token
+        while (work := self._next()) is not None:
+            work.work()
+            self._done.append(work.done)
+            # Told once for all that is done until it looks.
+            no_more = not (self._urgent or self._later)
+            if (no_more or work.awaited()) and self._told is not work.token:
+                self._told = work.token
                 try:
-                    next_work.token.run_sync_soon(self._finish)
+                    work.token.run_sync_soon(self.settle)
                 except trio.RunFinishedError:
                     pass
-
-    def _finish(self) -> None:
-        """In trio's thread: call what is to be called for the work that is done."""
-        self._told = None
-        while self._done:
-            self._done.popleft()()
 
     def _next(self) -> _Work | None:
         with self._lock:
@@ -485,9 +493,28 @@ class InflateThreads:
             return None
 
 
+@contextmanager
+def _in_the_background() -> Iterator[None]:
+    """Run the calling thread as one that drives nobody else off a processor when it wakes.
+
+    Whoever reads, and trio's thread that answers, need one for a moment only, and at once.
+    """
+    normal = os.sched_getscheduler(0) == os.SCHED_OTHER
+    if normal:
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        if normal:
+            with suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 class _Work(NamedTuple):
     work: Callable[[], None]
     done: Callable[[], None]
+    awaited: Callable[[], bool]
     token: trio.lowlevel.TrioToken
 
 

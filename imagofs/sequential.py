@@ -15,13 +15,15 @@ class _Stream:
         position: The cluster that it will ask for next.
         end: What lies before it is ready, or is being made ready.
         window: Clusters to be ahead.
+        seen_at: How many clusters had been told for all streams when it was last seen.
     """
 
-    __slots__ = ("end", "position", "window")
+    __slots__ = ("end", "position", "seen_at", "window")
 
     def __init__(self, position: int, window: int) -> None:
         self.position = self.end = position
         self.window = window
+        self.seen_at = 0
 
 
 class SequentialReads:
@@ -29,7 +31,8 @@ class SequentialReads:
 
     The second read that continues another begins a stream. How far ahead of it things are made
     ready doubles with each step up to `most`, so that a short run costs little. A reader that asks
-    for its pieces out of order, within the window, is still one stream.
+    for its pieces out of order, within the window, is still one stream. One that was not seen while
+    the others were told more than there is room for has ended: it takes no share any more.
 
     Args:
         most: Clusters ahead of one stream.
@@ -39,7 +42,8 @@ class SequentialReads:
     def __init__(self, most: int, most_together: int) -> None:
         self._most = most
         self._most_together = most_together
-        self._streams: list[_Stream] = []
+        self._streams: list[_Stream] = []  # that was seen last is the last
+        self._told = 0
         self._ends: dict[int, None] = {}
 
     def touch(self, first: int, count: int, *, missed: bool) -> range | None:
@@ -69,12 +73,16 @@ class SequentialReads:
             stream.window = max(1, stream.window // 4)
             stream.end = last
         stream.position = max(stream.position, last)
+        stream.seen_at = self._told
+        while self._told - self._streams[0].seen_at > self._most_together:
+            del self._streams[0]
         most = max(1, min(self._most, self._most_together // len(self._streams)))
-        if stream.end - stream.position > stream.window // 2:
+        if stream.end - stream.position > stream.window * 3 // 4:
             return None
         stream.window = min(2 * stream.window, most)
         start = max(stream.end, stream.position)
         stream.end = max(start, stream.position + stream.window)
+        self._told += stream.end - start
         return range(start, stream.end) if start < stream.end else None
 
     def _remember(self, end: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import threading
@@ -361,21 +362,22 @@ def test_a_cache_that_is_too_small_keeps_the_newest() -> None:
     cache.put(1, bytes(1000))
     assert cache.get(1) == bytes(1000)
     cache.put_ahead(2, bytes(1000))
-    assert cache.promote(2) == bytes(1000)
+    assert cache.get(2) == bytes(1000)
     for key in range(10):
         cache.put(key, bytes(1000))
         cache.put_ahead(key + 100, bytes(1000))
     assert cache.bytes_held() < 4000
 
 
-def test_what_was_inflated_ahead_counts_as_used_once_it_is_promoted() -> None:
-    cache = InflatedCache(MIB)
-    cache.put_ahead(1, b"one")
-    assert cache.get(1) is None
-    assert cache.promote(1) == b"one"
-    assert cache.promote(1) is None
-    assert cache.get(1) == b"one"
-    assert not cache.ahead
+def test_what_was_inflated_ahead_leaves_first_in_first_out_read_or_not() -> None:
+    cache = InflatedCache(40 * 1000)
+    cache.put(1, bytes(1000))
+    for key in range(100, 200):
+        cache.put_ahead(key, bytes([key]) * 1000)
+        assert cache.get(100) == (bytes([100]) * 1000 if key < 108 else None)
+        assert cache.get(key) == bytes([key]) * 1000
+    assert list(cache.ahead) == list(range(192, 200))
+    assert list(cache.young) == [1], "a pass over the disk displaces nothing"
 
 
 def test_namespaces_are_apart() -> None:
@@ -389,7 +391,7 @@ def test_namespaces_are_apart() -> None:
     assert cache.get(two + 5) == b"two"
 
 
-@given(st.lists(st.tuples(st.sampled_from("paogdr"), st.integers(0, 30), st.integers(1, 400))))
+@given(st.lists(st.tuples(st.sampled_from("pagdr"), st.integers(0, 30), st.integers(1, 400))))
 def test_the_cache_against_a_model(steps: list[tuple[str, int, int]]) -> None:
     cache = InflatedCache(4000)
     values: dict[int, bytes] = {}
@@ -404,8 +406,6 @@ def test_the_cache_against_a_model(steps: list[tuple[str, int, int]]) -> None:
             case "a":
                 cache.put_ahead(key, data)
                 values[key] = data
-            case "o":
-                found = cache.promote(key)
             case "g":
                 found = cache.get(key)
             case "d":
@@ -436,6 +436,10 @@ def test_buffers_are_used_again() -> None:
 # --- the threads --------------------------------------------------------------------------------
 
 
+def wait(event: threading.Event) -> None:
+    event.wait(10)
+
+
 async def test_no_more_threads_than_the_limit() -> None:
     threads = InflateThreads(2)
     lock = threading.Lock()
@@ -460,7 +464,7 @@ async def test_no_more_threads_than_the_limit() -> None:
             finished.set()
 
     for _ in range(20):
-        threads.submit(work, done, urgent=True)
+        threads.submit(work, done, lambda: True)
     with trio.fail_after(10):
         await finished.wait()
     assert most == 2
@@ -475,9 +479,9 @@ async def test_what_is_waited_for_overtakes() -> None:
     def block() -> None:
         gate.wait(10)
 
-    threads.submit(block, lambda: None, urgent=False)
-    threads.submit(lambda: order.append("ahead"), finished.set, urgent=False)
-    threads.submit(lambda: order.append("wanted"), lambda: None, urgent=True)
+    threads.submit(block, lambda: None, lambda: False)
+    threads.submit(lambda: order.append("ahead"), finished.set, lambda: False)
+    threads.submit(lambda: order.append("wanted"), lambda: None, lambda: True)
     gate.set()
     with trio.fail_after(10):
         await finished.wait()
@@ -493,7 +497,7 @@ def test_the_loop_may_end_before_the_work() -> None:
         worked.set()
 
     async def main() -> None:
-        InflateThreads(1).submit(work, lambda: None, urgent=True)
+        InflateThreads(1).submit(work, lambda: None, lambda: True)
 
     trio.run(main)
     gate.set()
@@ -508,15 +512,87 @@ async def test_work_is_done_where_no_thread_can_be_had(monkeypatch: pytest.Monke
     steps: list[str] = []
     threads = InflateThreads(1)
     for _ in range(3):
-        threads.submit(lambda: steps.append("work"), lambda: steps.append("done"), urgent=False)
+        threads.submit(lambda: steps.append("work"), lambda: steps.append("done"), lambda: False)
     await trio.testing.wait_all_tasks_blocked(0.01)
     assert sorted(steps) == ["done"] * 3 + ["work"] * 3
+
+
+async def test_the_loop_is_woken_for_what_is_awaited_and_at_the_end() -> None:
+    threads = InflateThreads(1)
+    gates = [threading.Event() for _ in range(3)]
+    awaited = [False] * 3
+    told = [trio.Event() for _ in range(3)]
+
+    def submit(number: int) -> None:
+        threads.submit(
+            lambda: wait(gates[number]), lambda: told[number].set(), lambda: awaited[number]
+        )
+
+    for number in range(3):
+        submit(number)
+    awaited[1] = True
+    gates[0].set()
+    with trio.move_on_after(0.1):
+        await told[0].wait()
+    assert not told[0].is_set()
+    for number in (1, 2):
+        gates[number].set()
+        with trio.fail_after(10):
+            await told[number].wait()
+        assert [event.is_set() for event in told] == [True, True, number == 2]
+
+
+async def test_what_is_done_can_be_asked_for() -> None:
+    threads = InflateThreads(1)
+    blocked = threading.Event()
+    worked = threading.Event()
+    done: list[int] = []
+    end = trio.Event()
+    threads.submit(lambda: None, lambda: done.append(1), lambda: False)
+    threads.submit(worked.set, lambda: done.append(2), lambda: False)
+    threads.submit(lambda: wait(blocked), end.set, lambda: False)
+    assert worked.wait(10)
+    threads.settle()
+    assert done in ([1], [1, 2])
+    blocked.set()
+    with trio.fail_after(10):
+        await end.wait()
+    assert done == [1, 2]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_threads_are_in_the_background(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[int] = []
+    restored = threading.Event()
+    real = os.sched_setscheduler
+
+    def recording(pid: int, policy: int, param: os.sched_param) -> None:
+        if policy == os.SCHED_OTHER:
+            restored.set()
+        if refused:
+            raise PermissionError("a sandbox")
+        real(pid, policy, param)
+        policies.append(os.sched_getscheduler(0))
+
+    monkeypatch.setattr(os, "sched_setscheduler", recording)
+    seen: list[int] = []
+    finished = trio.Event()
+    InflateThreads(1).submit(
+        lambda: seen.append(os.sched_getscheduler(0)), finished.set, lambda: True
+    )
+    with trio.fail_after(10):
+        await finished.wait()
+    assert restored.wait(10)
+    assert seen == [os.SCHED_OTHER if refused else os.SCHED_BATCH]
+    assert policies[:1] == ([] if refused else [os.SCHED_BATCH])
 
 
 async def test_work_goes_on_while_the_loop_is_busy() -> None:
     threads = InflateThreads(1)
     last = threading.Event()
     for _ in range(10):
-        threads.submit(lambda: None, lambda: None, urgent=False)
-    threads.submit(last.set, lambda: None, urgent=False)
+        threads.submit(lambda: None, lambda: None, lambda: False)
+    threads.submit(last.set, lambda: None, lambda: False)
     assert last.wait(10), "trio's thread was needed in between"

@@ -63,6 +63,15 @@ def test_several_streams_share_what_there_is() -> None:
     assert all(0 < distance <= 64 // 16 for distance in ahead.values())
 
 
+def test_streams_that_ended_take_no_share() -> None:
+    reads = SequentialReads(32, 64)
+    for turn in range(20):  # one reader after the other, each of the same disk
+        for cluster in range(100):
+            ready = read(reads, cluster)
+            if ready and turn and cluster > 60:
+                assert max(ready) - cluster == 32
+
+
 def test_what_was_displaced_is_made_ready_anew() -> None:
     reads = SequentialReads(32, 1000)
     for cluster in range(40):

@@ -78,8 +78,13 @@ class ManualThreads:
     def __init__(self) -> None:
         self.waiting: list[tuple[Callable[[], None], Callable[[], None], bool]] = []
 
-    def submit(self, work: Callable[[], None], done: Callable[[], None], *, urgent: bool) -> None:
-        self.waiting.append((work, done, urgent))
+    def submit(
+        self, work: Callable[[], None], done: Callable[[], None], awaited: Callable[[], bool]
+    ) -> None:
+        self.waiting.append((work, done, awaited()))
+
+    def settle(self) -> None:
+        """All that was done was told at once."""
 
     def run(self, count: int = 1000) -> None:
         """Do the first `count` pieces of work."""
@@ -543,7 +548,9 @@ async def test_what_is_ahead_is_bounded() -> None:
     for position in range(0, 100 * 64 * KIB, 64 * KIB):
         await with_it.read(position, 4096)
         await with_it.settle()
-        assert sum(map(len, with_it.cache.ahead.values())) <= 4 * MIB
+        first = with_it.clusters._namespace + position // (64 * KIB)
+        assert sum(key > first for key in with_it.cache.ahead) * 64 * KIB <= 8 * MIB
+        assert with_it.cache.bytes_held() <= 64 * MIB // 4 + 64 * KIB * 3
     assert with_it.cache.ahead
 
 

@@ -1,6 +1,6 @@
 """Compressed clusters: read together, inflated in threads, kept for a while, inflated ahead.
 
-The unit of work is a *job*: up to 512 KiB of clusters whose compressed bytes are read with as few
+The unit of work is a *job*: up to 1 MiB of clusters whose compressed bytes are read with as few
 storage reads as possible (qemu packs them densely) and which one thread inflates in one go. A job
 belongs to no task. Readers wait for it, and one that is cancelled strands nobody; what is inflated
 ahead costs its reader nothing.
@@ -18,6 +18,7 @@ import trio
 
 from ...errors import ClosedError, CorruptImageError, UnsupportedError
 from ...inflating import (
+    Inflated,
     InflatedCache,
     InflateError,
     inflate_deflate,
@@ -39,9 +40,12 @@ __all__ = ["CompressedClusters", "NotCompressed"]
 # Largest cluster that is inflated in the caller's thread, in 40 (zstd) to 150 (deflate) us if it is
 # prose: to hand it to a thread and back costs this thread 80, and the reader more than 200.
 _INLINE_BYTES = 64 << 10
-_JOB_BYTES = 512 << 10  # inflated by one thread in one go
+# Inflated by one thread in one go, in half a millisecond (zstd) to one (deflate): the larger, the
+# less often the threads need the interpreter's lock, and the longer who waits for the first part.
+_DEFLATE_JOB_BYTES = 512 << 10
+_ZSTD_JOB_BYTES = 1 << 20
 _SEGMENT_BYTES = 1 << 20  # of a long read that are waited for together
-_AHEAD_BYTES = 4 << 20  # inflated ahead of one sequential reader
+_AHEAD_BYTES = 8 << 20  # inflated ahead of one sequential reader
 
 
 class NotCompressed(Exception):
@@ -90,6 +94,8 @@ class CompressedClusters:
         self._cluster_size = 1 << cluster_bits
         self._inflate = inflate_zstd if compression_type else inflate_deflate
         self._inflate_many = inflate_zstd_clusters if compression_type else None
+        job_bytes = _ZSTD_JOB_BYTES if compression_type else _DEFLATE_JOB_BYTES
+        self._clusters_per_job = max(1, job_bytes >> cluster_bits)
         self._cache = cache
         self._namespace = cache.namespace()
         self._filename = filename
@@ -97,8 +103,9 @@ class CompressedClusters:
         self._descriptor = descriptor
         self._begin_io = begin_io
         self._end_io = end_io
+        # What was read stays for a while and takes room too: half of it.
         self._sequence = SequentialReads(
-            _AHEAD_BYTES >> cluster_bits, cache.ahead_limit >> cluster_bits
+            _AHEAD_BYTES >> cluster_bits, cache.ahead_limit // 2 >> cluster_bits
         )
         self._inflight: dict[int, InflateJob] = {}
         self._jobs: set[InflateJob] = set()
@@ -116,11 +123,14 @@ class CompressedClusters:
         within = guest_offset & self._cluster_size - 1
         end = within + view.nbytes
         if end <= self._cluster_size:
-            data = self._cache.young.get(self._namespace + cluster)
+            key = self._namespace + cluster
+            data = self._cache.young.get(key) or self._cache.ahead.get(key)
             if data is None:
                 data = self._take_one(cluster)
                 if data is None:
                     return False
+            elif end == self._cluster_size and key in self._cache.ahead:
+                self._read_ahead(cluster, 1, missed=False)
             view[:] = data[within:end]
             return True
         parts = self.lend_nowait(guest_offset, view.nbytes)
@@ -134,7 +144,7 @@ class CompressedClusters:
     def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer]:
         """The range as it lies in memory; empty if a cluster is not inflated. A plain function."""
         last = guest_offset + length - 1 >> self._cluster_bits
-        found: dict[int, bytes] = {}
+        found: dict[int, Inflated] = {}
         if self._take(range(guest_offset >> self._cluster_bits, last + 1), found):
             return []
         return self._parts(found, guest_offset, length)
@@ -201,46 +211,45 @@ class CompressedClusters:
 
     # --- what is there ------------------------------------------------------------------------
 
-    def _take(self, clusters: Iterable[int], found: dict[int, bytes]) -> list[int]:
+    def _take(self, clusters: Iterable[int], found: dict[int, Inflated]) -> list[int]:
         """Enter those of `clusters` that are in memory into `found`; return the others.
 
-        What was inflated ahead counts as used from now on, and more is inflated ahead.
+        Where they were inflated ahead, more is inflated ahead.
         """
         cache, namespace = self._cache, self._namespace
         missing: list[int] = []
         fresh: list[int] = []
         for cluster in clusters:
-            data = cache.get(namespace + cluster)
+            key = namespace + cluster
+            data = cache.get(key)
             if data is None:
-                data = cache.promote(namespace + cluster) or self._take_early(cluster)
+                data = self._take_early(cluster)
                 if data is None:
                     missing.append(cluster)
                     continue
+                fresh.append(cluster)
+            elif key in cache.ahead:
                 fresh.append(cluster)
             found[cluster] = data
         if fresh:
             self._read_ahead(fresh[0], fresh[-1] - fresh[0] + 1, missed=False)
         return missing
 
-    def _take_early(self, cluster: int) -> bytes | None:
+    def _take_early(self, cluster: int) -> Inflated | None:
         """The cluster if it is inflated by now in a job that has not ended."""
         job = self._inflight.get(cluster)
         if job is None:
             return None
         data = job.results.get(cluster)
-        if not isinstance(data, bytes):
-            return None
-        job.wanted.add(cluster)
-        self._cache.put(self._namespace + cluster, data)
-        return data
+        return None if isinstance(data, Exception) else data
 
-    def _take_one(self, cluster: int) -> bytes | None:
-        found: dict[int, bytes] = {}
+    def _take_one(self, cluster: int) -> Inflated | None:
+        found: dict[int, Inflated] = {}
         if not self._take((cluster,), found):
             return found[cluster]
         return self._inflate_here(cluster)
 
-    def _parts(self, found: dict[int, bytes], guest_offset: int, length: int) -> list[Buffer]:
+    def _parts(self, found: dict[int, Inflated], guest_offset: int, length: int) -> list[Buffer]:
         """The parts of the clusters `found` that make up a range."""
         size = self._cluster_size
         first = guest_offset >> self._cluster_bits
@@ -278,9 +287,9 @@ class CompressedClusters:
 
     # --- waiting for what is not --------------------------------------------------------------
 
-    async def _inflated(self, first: int, last: int) -> dict[int, bytes]:
+    async def _inflated(self, first: int, last: int) -> dict[int, Inflated]:
         """The clusters from `first` to `last`, both included."""
-        found: dict[int, bytes] = {}
+        found: dict[int, Inflated] = {}
         own: set[InflateJob] = set()
         loaded: tuple[int, int] | None = None
         while True:
@@ -293,6 +302,9 @@ class CompressedClusters:
                 continue
             if not jobs:
                 return found
+            for job in jobs:
+                job.awaited = True
+            self._cache.threads.settle()
             for job, clusters in jobs.items():
                 await job.done.wait()
                 self._collect(job, clusters, found, job in own)
@@ -300,7 +312,7 @@ class CompressedClusters:
     def _look_up(
         self,
         clusters: range,
-        found: dict[int, bytes],
+        found: dict[int, Inflated],
         own: set[InflateJob],
         loaded: tuple[int, int] | None,
     ) -> tuple[dict[InflateJob, list[int]], int | None]:
@@ -325,7 +337,6 @@ class CompressedClusters:
         for cluster in missing:
             job = self._inflight.get(cluster)
             if job is not None:
-                job.wanted.add(cluster)
                 jobs.setdefault(job, []).append(cluster)
                 continue
             if loaded is not None and loaded[0] == cluster:
@@ -336,7 +347,7 @@ class CompressedClusters:
                 return {}, cluster
             pieces.append(self._piece(cluster, entry))
         if pieces:
-            begun = self._begin(pieces, wanted=True)
+            begun = self._begin(pieces, ahead=False)
             own.update(begun)
             jobs.update((job, [piece.cluster for piece in job.pieces]) for job in begun)
             waiting_from = pieces[0].cluster
@@ -344,7 +355,7 @@ class CompressedClusters:
         return jobs, None
 
     def _collect(
-        self, job: InflateJob, clusters: list[int], found: dict[int, bytes], is_own: bool
+        self, job: InflateJob, clusters: list[int], found: dict[int, Inflated], is_own: bool
     ) -> None:
         """Enter what `job` inflated of `clusters` into `found`, or raise why it could not.
 
@@ -353,7 +364,7 @@ class CompressedClusters:
         """
         for cluster in clusters:
             result = job.results.get(cluster)
-            if isinstance(result, bytes):
+            if isinstance(result, bytes | memoryview):
                 found[cluster] = result
             elif isinstance(result, InflateError):
                 place = next(piece.place for piece in job.pieces if piece.cluster == cluster)
@@ -396,24 +407,24 @@ class CompressedClusters:
             except CorruptImageError:  # whoever really reads it will be told
                 continue
         if pieces:
-            self._begin(pieces, wanted=False)
+            self._begin(pieces, ahead=True)
 
     # --- jobs ---------------------------------------------------------------------------------
 
-    def _begin(self, pieces: list[Piece], *, wanted: bool) -> list[InflateJob]:
+    def _begin(self, pieces: list[Piece], *, ahead: bool) -> list[InflateJob]:
         """Begin to inflate `pieces`, in as few jobs as keeps the threads busy."""
-        per_job = max(1, _JOB_BYTES >> self._cluster_bits)
+        per_job = self._clusters_per_job
         return [
-            self._begin_job(pieces[start : start + per_job], wanted=wanted)
+            self._begin_job(pieces[start : start + per_job], ahead=ahead)
             for start in range(0, len(pieces), per_job)
         ]
 
-    def _begin_job(self, pieces: list[Piece], *, wanted: bool) -> InflateJob:
-        job = InflateJob(pieces, wanted=wanted, io_token=self._begin_io())
+    def _begin_job(self, pieces: list[Piece], *, ahead: bool) -> InflateJob:
+        job = InflateJob(pieces, ahead=ahead, io_token=self._begin_io())
         self._jobs.add(job)
         for piece in pieces:
             self._inflight[piece.cluster] = job
-        if wanted:  # what is inflated ahead is read by the thread, this one has more to do
+        if not ahead:  # what is inflated ahead is read by the thread, this one has more to do
             self._read_nowait(job)
         self._go_on(job)
         return job
@@ -431,7 +442,7 @@ class CompressedClusters:
             self._finish(job)
         elif not job.missing:
             self._cache.threads.submit(
-                lambda: self._work(job), lambda: self._go_on(job), urgent=bool(job.wanted)
+                lambda: self._work(job), lambda: self._go_on(job), lambda: job.awaited
             )
         else:
             try:
@@ -445,8 +456,12 @@ class CompressedClusters:
         if job.buffer is None:
             self._read_nowait(job)
         if job.error is None and not job.missing:
-            job.inflate(self._inflate, self._inflate_many, self._cluster_size)
-        if not job.missing and job.buffer is not None:
+            # Only what leaves the cache together may share memory.
+            many = self._inflate_many if job.ahead else None
+            job.inflate(self._inflate, many, self._cluster_size)
+        if job.missing:
+            job.awaited = True  # trio's thread has to read the rest
+        elif job.buffer is not None:
             # At once: trio's thread may call `_finish` much later.
             self._cache.give_buffer(job.buffer)
 
@@ -471,12 +486,12 @@ class CompressedClusters:
                 continue  # its mapping changed meanwhile
             del self._inflight[cluster]
             data = job.results.get(cluster)
-            if not isinstance(data, bytes):
+            if data is None or isinstance(data, Exception):
                 continue
-            if cluster in job.wanted:
-                self._cache.put(self._namespace + cluster, data)
-            else:
+            if job.ahead:
                 self._cache.put_ahead(self._namespace + cluster, data)
+            else:
+                self._cache.put(self._namespace + cluster, bytes(data))
         self._jobs.discard(job)
         self._end_io(job.io_token)
         job.done.set()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import trio
 
+from ...inflating import Inflated
 from .entries import CompressedRange
 
 __all__ = ["InflateJob", "Piece"]
@@ -31,24 +32,27 @@ class InflateJob:
 
     Args:
         pieces: The clusters, in the guest's order.
-        wanted: Somebody has asked for them; otherwise they are inflated ahead.
+        ahead: Nobody has asked for them yet.
         io_token: What `begin_io` returned for it.
 
     Attributes:
         pieces: As given.
+        ahead: As given.
         io_token: As given.
         buffer: The memory for what is read; None: `read_nowait` was not called yet.
         missing: The storage reads that remain to be done: views of `buffer` and host offsets.
         results: What is done: inflated clusters, or why they could not be inflated. The thread
             enters each as soon as it is there.
         error: Why nothing could be read.
-        wanted: Clusters that somebody has asked for.
         done: Set when no more will come.
         reading: Ends the task that reads for the job.
+        awaited: Somebody waits for `done`.
     """
 
     __slots__ = (
         "_frames",
+        "ahead",
+        "awaited",
         "buffer",
         "done",
         "error",
@@ -57,19 +61,19 @@ class InflateJob:
         "pieces",
         "reading",
         "results",
-        "wanted",
     )
 
-    def __init__(self, pieces: list[Piece], *, wanted: bool, io_token: int) -> None:
+    def __init__(self, pieces: list[Piece], *, ahead: bool, io_token: int) -> None:
         self.pieces = pieces
+        self.ahead = ahead
         self.io_token = io_token
         self.buffer: bytearray | None = None
         self.missing: list[tuple[memoryview, int]] = []
-        self.results: dict[int, bytes | Exception] = {}
+        self.results: dict[int, Inflated | Exception] = {}
         self.error: Exception | None = None
-        self.wanted = {piece.cluster for piece in pieces} if wanted else set()
         self.done = trio.Event()
         self.reading = trio.CancelScope()
+        self.awaited = not ahead
         self._frames: list[memoryview] = []
 
     def read_nowait(
@@ -110,7 +114,7 @@ class InflateJob:
     def inflate(
         self,
         inflate: Callable[[memoryview, int], bytes],
-        inflate_many: Callable[[list[memoryview], int], list[bytes]] | None,
+        inflate_many: Callable[[list[memoryview], int], list[memoryview]] | None,
         cluster_size: int,
     ) -> None:
         """Fill `results`. For a thread; never raises. The buffer is free afterwards."""

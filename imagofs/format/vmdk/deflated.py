@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 from ...errors import CorruptImageError
-from ...inflating import InflatedCache
+from ...inflating import Inflated, InflatedCache
 from ...sequential import SequentialReads
 from ...storage.base import Storage
 from .descriptor import SECTOR
@@ -30,19 +30,21 @@ class _Job:
 
     Attributes:
         places: Host offsets by grain number.
+        ahead: Nobody had asked for them when it began.
+        awaited: Somebody waits for it now.
         frames: The bytes of each grain from its host offset on, as many as there may be of it.
         results: Each grain, or why there is none.
-        wanted: Grains that somebody has asked for; the others were inflated ahead.
         done: Set when the results are complete.
     """
 
-    __slots__ = ("done", "frames", "places", "results", "wanted")
+    __slots__ = ("ahead", "awaited", "done", "frames", "places", "results")
 
-    def __init__(self, places: dict[int, int], *, wanted: bool) -> None:
+    def __init__(self, places: dict[int, int], *, ahead: bool) -> None:
         self.places = places
+        self.ahead = ahead
+        self.awaited = not ahead
         self.frames: dict[int, memoryview] = {}
         self.results: dict[int, bytes | Exception] = {}
-        self.wanted = set(places) if wanted else set()
         self.done = trio.Event()
 
 
@@ -92,7 +94,7 @@ class DeflatedGrains:
         self._inflight.clear()
         self._cache.drop_range(self._namespace, self._length // self._grain_bytes + 1)
         self._sequence = SequentialReads(
-            _AHEAD_BYTES // self._grain_bytes, self._cache.ahead_limit // self._grain_bytes
+            _AHEAD_BYTES // self._grain_bytes, self._cache.ahead_limit // 2 // self._grain_bytes
         )
 
     # --- reading --------------------------------------------------------------------------------
@@ -130,19 +132,16 @@ class DeflatedGrains:
     def _end_number(self, position: int, length: int) -> int:
         return -(-(position + length) // self._grain_bytes)
 
-    def _take(self, number: int) -> bytes | None:
-        """The grain if it is in memory; what was inflated ahead then counts as used."""
+    def _take(self, number: int) -> Inflated | None:
+        """The grain if it is in memory. If it was inflated ahead, more is."""
         key = self._namespace + number
-        grain = self._cache.get(key)
-        if grain is None:
-            grain = self._cache.promote(key)
-            if grain is not None:
-                self._read_ahead(number, 1, missed=False)
-        return grain
+        if key in self._cache.ahead:
+            self._read_ahead(number, 1, missed=False)
+        return self._cache.get(key)
 
-    async def _inflated(self, first: int, end: int) -> list[bytes]:
+    async def _inflated(self, first: int, end: int) -> list[Inflated]:
         """The grains from `first` to before `end`."""
-        found: dict[int, bytes] = {}
+        found: dict[int, Inflated] = {}
         jobs: dict[_Job, None] = {}
         missing: list[int] = []
         for number in range(first, end):
@@ -150,7 +149,6 @@ class DeflatedGrains:
             if grain is not None:
                 found[number] = grain
             elif (job := self._inflight.get(number)) is not None:
-                job.wanted.add(number)
                 jobs[job] = None
             else:
                 missing.append(number)
@@ -159,6 +157,9 @@ class DeflatedGrains:
             jobs[await self._begin(missing[at : at + per_job])] = None
         if jobs:
             self._read_ahead(first, end - first, missed=bool(missing))
+        for job in jobs:
+            job.awaited = True
+        self._cache.threads.settle()
         for job in jobs:
             await job.done.wait()
             for number, result in job.results.items():
@@ -182,7 +183,7 @@ class DeflatedGrains:
 
     async def _begin(self, numbers: Iterable[int]) -> _Job:
         """Read what there is of some grains, and begin to inflate them."""
-        job = _Job({number: await self._place(number) for number in numbers}, wanted=True)
+        job = _Job({number: await self._place(number) for number in numbers}, ahead=False)
         for view, host_offset in self._lay_out(job):
             if self._storage.readv_nowait((view,), host_offset) != view.nbytes:
                 await self._storage.readv((view,), host_offset)
@@ -194,7 +195,7 @@ class DeflatedGrains:
         ahead = self._sequence.touch(first, count, missed=missed)
         places = {}
         for number in ahead or ():
-            known = number in self._inflight or self._peek(number)
+            known = number in self._inflight or self._namespace + number in self._cache
             if not known and number * self._grain_bytes < self._length:
                 place = self._place_nowait(number)
                 if place is not None:
@@ -202,16 +203,12 @@ class DeflatedGrains:
         numbers = list(places)
         per_job = max(_JOB_BYTES // self._grain_bytes, 1)
         for at in range(0, len(numbers), per_job):
-            job = _Job({n: places[n] for n in numbers[at : at + per_job]}, wanted=False)
+            job = _Job({n: places[n] for n in numbers[at : at + per_job]}, ahead=True)
             if all(
                 self._storage.readv_nowait((view,), host_offset) == view.nbytes
                 for view, host_offset in self._lay_out(job)
             ):
                 self._submit(job)
-
-    def _peek(self, number: int) -> bool:
-        key = self._namespace + number
-        return self._cache.get(key) is not None or key in self._cache.ahead
 
     def _lay_out(self, job: _Job) -> list[tuple[memoryview, int]]:
         """Make the frames of `job`; return the reads that fill them.
@@ -247,7 +244,7 @@ class DeflatedGrains:
                 except Exception as error:  # it is raised again where somebody asked for it
                     job.results[number] = error
 
-        self._cache.threads.submit(work, lambda: self._finish(job), urgent=bool(job.wanted))
+        self._cache.threads.submit(work, lambda: self._finish(job), lambda: job.awaited)
 
     def _finish(self, job: _Job) -> None:
         """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
@@ -256,7 +253,7 @@ class DeflatedGrains:
                 continue  # forgotten meanwhile, or another job has it too
             del self._inflight[number]
             if isinstance(result, bytes):
-                keep = self._cache.put if number in job.wanted else self._cache.put_ahead
+                keep = self._cache.put_ahead if job.ahead else self._cache.put
                 keep(self._namespace + number, result)
         job.frames = {}
         job.done.set()
@@ -286,7 +283,7 @@ class DeflatedGrains:
         return frame[MARKER_BYTES:end]
 
 
-def _copy(grains: list[bytes], within: int, view: memoryview) -> None:
+def _copy(grains: list[Inflated], within: int, view: memoryview) -> None:
     """Fill `view` from consecutive grains, from byte `within` of the first one on."""
     position = 0
     for grain in grains:
