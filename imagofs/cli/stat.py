@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 from ..errors import StorageError
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
         help="again and again until Ctrl-C, with rates (default: every second); on a terminal in "
         "one place, with --json one line each",
     )
-    words = parser.parse_args(arguments)
+    words = parser.parse_args(_seconds_given(arguments))
     point = mounts.real_path(words.mountpoint)
     figures = _ask(point)
     if words.watch is None:
@@ -44,11 +46,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _seconds_given(arguments: list[str]) -> list[str]:
+    """The same words, but --watch never takes the mountpoint behind it for its seconds."""
+    words = list(arguments)
+    for index, (word, following) in enumerate(pairwise(arguments)):
+        if word == "--":
+            break
+        if word == "--watch" and not _is_number(following):
+            words[index] = "--watch=1"
+    return words
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0.05 <= seconds <= 86400:
-        raise ValueError
-    return seconds
+    if not (_is_number(text) and 0.05 <= float(text) <= 86400):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0.05 to 86400")
+    return float(text)
 
 
 def _watch(point: str, seconds: float, *, as_json: bool) -> None:

@@ -78,6 +78,24 @@ def test_watch(new_image: NewImage, mount: MountImage) -> None:
         assert process.returncode == 0
 
 
+def test_watch_before_the_mountpoint(new_image: NewImage, mount: MountImage) -> None:
+    """The seconds may be left out there too: argparse would take the mountpoint for them."""
+    mounted = mount(new_image("1M", "disk.qcow2"))
+    command = [str(PROGRAM), "stat", "--json", "--watch", str(mounted.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["mountpoint"] == str(mounted.path)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "nan", "soon", "1e9"])
+def test_watch_for_no_time(seconds: str, tmp_path: Path) -> None:
+    stderr = imagofs("stat", f"--watch={seconds}", tmp_path, ok=2).stderr
+    assert f"{seconds} is not a number of seconds from 0.05 to 86400" in stderr
+
+
 def test_watch_on_a_terminal(new_image: NewImage, mount: MountImage) -> None:
     """It stays in its place, shows rates, and ends with an error when the mount does."""
     mounted = mount(new_image("1M", "disk.qcow2"))
