@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> int:
     parser = Parser(
         prog="imagofs install-units",
         description="Write imagofs@.service and imagofs-loop@.service, with this program's path "
-        "in them, to PREFIX/lib/systemd/system. Say where the files are.",
+        "in them, to PREFIX/lib/systemd/system, and make the folder /etc/imagofs for what they "
+        "read. Say where the files are.",
     )
     parser.add_argument("--prefix", metavar="DIR", default="/usr/local", help="default: /usr/local")
     parser.add_argument(
@@ -44,6 +45,11 @@ def main(arguments: list[str]) -> int:
     for file in unit_files():
         text = file.read_text(encoding="utf-8").replace(_PLACE, called)
         install(folder / file.name, text, mode=0o644)
+    settings = Path(words.root) / "etc/imagofs"
+    try:
+        settings.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError.of("make", error, str(settings)) from error
     if words.root == "/":
         report("now run 'systemctl daemon-reload'")
     return 0

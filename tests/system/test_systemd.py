@@ -10,6 +10,7 @@ import pytest
 
 from imagofs.confining import landlock_version
 from tests import qemu
+from tests.mount.mounting import imagofs
 from tests.system.machine import Machine, booted
 
 EXAMPLES = Path(__file__).parents[2] / "systemd/examples"
@@ -71,6 +72,19 @@ def test_verify(machine: Machine) -> None:
     machine.sh("touch /etc/imagofs/x.conf")
     done = machine.run("systemd-analyze", "verify", "--man=no", *units)
     assert not done
+
+
+def test_install(tmp_path: Path) -> None:
+    """Beside the units there is the folder for their settings, and what is in it stays."""
+    settings = tmp_path / "etc/imagofs/vm.conf"
+    imagofs("install-units", "--root", tmp_path)
+    settings.write_text("IMAGE=/vm.qcow2\n")
+    imagofs("install-units", "--root", tmp_path)
+    assert settings.read_text() == "IMAGE=/vm.qcow2\n"
+    settings.unlink()
+    settings.parent.rmdir()
+    settings.parent.write_text("")
+    assert "etc/imagofs: cannot make" in imagofs("install-units", "--root", tmp_path, ok=1).stderr
 
 
 def test_mount(machine: Machine, folder: Path) -> None:
