@@ -89,7 +89,6 @@ def test_shell_examples(tmp_path, heading):
         script = script.replace(folder, str(tmp_path / folder[1:].replace("/", "-")))
     if heading != "Quick start":
         (tmp_path / "mnt-vm").mkdir()
-    (tmp_path / "mnt-partition").mkdir()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["sh", "-eux", "-c", script],
