@@ -5,6 +5,10 @@ system's device number, which is in the table of mounts: the mount itself is nev
 needs no access to it, and nothing is left in the file system. Who connects is told nothing until
 the end; then it gets one message: empty, or what was lost.
 
+The kernel gives a mount's number to the next one as soon as it is free, and the daemon that had it
+may not have noticed yet: it is stopped, or waits for a disk. So names go up: who finds the number's
+name taken takes it with "/1" behind it, then "/2", and clients ask for the highest one.
+
 Only root and the user who mounted are let in, and a client believes only a daemon of root's or of
 that user.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 import struct
@@ -24,12 +29,27 @@ __all__ = ["Connection", "ControlSocket", "EndedEarly"]
 
 _CREDENTIALS = struct.Struct("=iII")  # process, user, group
 _MESSAGE_BYTES = 4096
+_ACCEPTS = 0x10000  # __SO_ACCEPTCON
 _CONNECT_SECONDS = 5.0
-_BIND_SECONDS = 2.0
+_BIND_TRIES = 16
 
 
-def _name(device: str) -> str:
-    return f"\0imagofs/{device}"
+def _name(device: str, number: int) -> str:
+    return f"\0imagofs/{device}/{number}" if number else f"\0imagofs/{device}"
+
+
+def _taken(device: str) -> list[int]:
+    """The numbers of the names of this device that somebody listens at, the highest one first."""
+    try:
+        with open("/proc/self/net/unix", "rb") as file:
+            table = file.read()
+    except OSError:
+        return []
+    # Reference counts, protocol, flags (this one: it listens), type, state, inode, name.
+    line = rb"^\w+: \w+ \w+ (\w+) \w+ \w+ +\d+ @imagofs/%b(?:/(\d{1,9}))?$"
+    found = re.findall(line % re.escape(device.encode()), table, re.MULTILINE)
+    listening = (int(number or 0) for flags, number in found if int(flags, 16) & _ACCEPTS)
+    return sorted(listening, reverse=True)
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:
@@ -53,24 +73,28 @@ class ControlSocket:
         self._clients: list[socket.socket] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._bind(_name(device))
+            self._bind(device)
             self._socket.listen(64)
             self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
             raise
 
-    def _bind(self, name: str) -> None:
-        """Bind; a daemon whose mount had the same number may be about to give the name up."""
-        deadline = time.monotonic() + _BIND_SECONDS
-        while True:
+    def _bind(self, device: str) -> None:
+        """Take a name above those that daemons of gone mounts of this number still have."""
+        first = max(_taken(device), default=-1) + 1
+        for number in range(first, first + _BIND_TRIES):
             try:
-                self._socket.bind(name)
+                self._socket.bind(_name(device, number))
                 return
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                if error.errno != errno.EADDRINUSE:
                     raise
-            time.sleep(0.005)
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    def fileno(self) -> int:
+        """The socket that listens, -1 once it does not any more."""
+        return self._socket.fileno()
 
     async def serve(self) -> None:
         """Let clients in until `stop_listening`, so that those who gave up make room for others."""
@@ -133,6 +157,10 @@ class EndedEarly(Exception):
     """The daemon ended without a word: it crashed or was killed."""
 
 
+class _OtherUserError(ConnectionRefusedError):
+    """Somebody listens who is neither root nor the mount's owner."""
+
+
 class Connection:
     """A client's end. Use as a context manager.
 
@@ -145,15 +173,26 @@ class Connection:
     """
 
     def __init__(self, device: str, owner: int) -> None:
+        refused: OSError | None = None
+        for number in _taken(device) or [0]:
+            try:
+                self._open(_name(device, number), owner)
+                return
+            except _OtherUserError as error:  # whoever: below it may be the daemon
+                refused = error
+        assert refused is not None
+        raise refused
+
+    def _open(self, name: str, owner: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.settimeout(_CONNECT_SECONDS)
-            self._connect(_name(device))
+            self._connect(name)
             self._socket.settimeout(None)
             #: The daemon's process ID, as seen from here.
             self.process, user = _peer(self._socket)
             if user not in (0, owner):
-                raise ConnectionRefusedError(f"user {user} listens for the daemon of {owner}")
+                raise _OtherUserError(f"user {user} listens for the daemon of {owner}")
             self._process_fd = os.pidfd_open(self.process)
         except BaseException:
             self._socket.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import stat
 import time
 from collections.abc import Callable
@@ -104,6 +105,8 @@ class Session:
         self._stopping = False
         self._loop_scope = trio.CancelScope()
         self._read_ahead: int | None = None
+        #: /dev/fuse, to ask whether the kernel has ended the connection.
+        self._connection: int | None = None
 
     # --- mounting -----------------------------------------------------------------------------
 
@@ -138,8 +141,9 @@ class Session:
         if mount is not None and mount.fstype == mounts.FSTYPE:
             self.device = mount.device
             self._open_read_ahead(mount.device)
+        (session_fd,) = _fuse_descriptors() - before
+        self._connection = os.dup(session_fd)
         if self.options.channel:
-            (session_fd,) = _fuse_descriptors() - before
             self.channel = self._open_channel(session_fd)
 
     def _mount_error(self, text: str) -> ImagofsError:
@@ -258,15 +262,27 @@ class Session:
 
     async def _leave(self) -> None:
         """See to it that nothing is mounted any more."""
-        if self._stopping:
-            await self.detach()
-            return
+        points = await self._own_places()
+        if points and not self._stopping:
+            log.warning("the connection was severed while %s was mounted", points[0])
+        await self._detach(points)
+
+    async def _own_places(self) -> list[str]:
+        """As `places`, without what is another daemon's."""
+        points = self.places()
+        if not self._has_ended():
+            return points
         # The kernel gives the device's number to the next mount as soon as this one is gone: what
         # has that number and answers is another daemon's.
-        severed = [point for point in self.places() if await self._is_severed(point)]
-        if severed:
-            log.warning("the connection was severed while %s was mounted", severed[0])
-        await self._detach(severed)
+        return [point for point in points if await self._is_severed(point)]
+
+    def _has_ended(self) -> bool:
+        """Whether the kernel has ended the connection: the mount is gone, or severed."""
+        if self._connection is None:
+            return True
+        poll = select.poll()
+        poll.register(self._connection, 0)
+        return bool(poll.poll(0))
 
     async def _is_severed(self, point: str) -> bool:
         """Whether the mount at `point` has lost its daemon; only asked once this one has ended."""
@@ -287,7 +303,7 @@ class Session:
         Returns:
             False if that failed somewhere, which is logged.
         """
-        return await self._detach(self.places())
+        return await self._detach(await self._own_places())
 
     async def _detach(self, points: list[str]) -> bool:
         done = True
@@ -315,6 +331,9 @@ class Session:
     def _close(self) -> None:
         if self.channel is not None:
             self.channel.give_back()
+        if self._connection is not None:
+            os.close(self._connection)
+            self._connection = None
         if self._read_ahead is not None:
             os.close(self._read_ahead)
             self._read_ahead = None

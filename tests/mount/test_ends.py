@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from imagofs.fuse import mounts
-from imagofs.fuse.control import Connection
+from imagofs.fuse.control import Connection, ControlSocket
 from tests.mount.mounting import (
     PROGRAM,
     Mounted,
@@ -129,6 +130,57 @@ def test_umount_is_refused_again_and_again(mount: MountImage, raw_image: Path) -
         assert "in use" in imagofs("umount", mounted.path, ok=1).stderr
     wait_until(lambda: len(list(descriptors.iterdir())) <= before + 1)
     mounted.umount()
+
+
+def test_mount_whose_number_a_stopped_daemon_still_has(
+    both: Both, raw_image: Path, tmp_path: Path
+) -> None:
+    """The kernel has given it to the next mount, and the old daemon does not know yet."""
+    other = tmp_path / "other.img"
+    other.write_bytes(raw_image.read_bytes())
+    stopped = both(raw_image)
+    stopped.signal(signal.SIGSTOP)
+    try:
+        mounts.detach(str(stopped.path))
+        again = both(other, "rw", "format=raw")
+        assert again.pid != stopped.pid
+        again.file.write_bytes(b"new")
+        again.umount()
+        assert stopped.is_running()
+        assert other.read_bytes().startswith(b"new")
+        again = both(other, "format=raw")
+        stopped.signal(signal.SIGTERM)
+    finally:
+        stopped.signal(signal.SIGCONT)
+    stopped.wait_for_end()
+    # What has its number now is not its to take away.
+    assert mount_at(again.path) is not None
+    again.umount()
+
+
+async def test_names_of_the_same_number() -> None:
+    """The last one who took it is found, until none is left."""
+    device = f"0:{os.getpid()}test"
+    listening: list[ControlSocket] = []
+    try:
+        for _ in range(12):
+            listening.append(ControlSocket(device))
+        for last in (11, 10):
+            with Connection(device, os.geteuid()) as connection:
+                assert connection.process == os.getpid()
+                waiting = [bool(select.select([each.fileno()], [], [], 0)[0]) for each in listening]
+                assert waiting == [False] * last + [True]
+            listening.pop().end("")
+        # A name that became free below is not taken: above it is an older mount's daemon.
+        listening.pop(0).end("")
+        listening.append(ControlSocket(device))
+        with Connection(device, os.geteuid()):
+            assert select.select([listening[-1].fileno()], [], [], 0)[0]
+    finally:
+        for each in listening:
+            each.end("")
+    with pytest.raises(ConnectionRefusedError):
+        Connection(device, os.geteuid())
 
 
 def test_umount_waits_for_all_of_it(mount: MountImage, raw_image: Path) -> None:
