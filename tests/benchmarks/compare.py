@@ -345,7 +345,7 @@ def fio(row: Row, file: Path, size: int, seconds: float) -> float:
         "--randrepeat=1",
     ]
     argv += shlex.split(row.fio)
-    argv += ["--time_based", f"--runtime={seconds}"] if row.image != "empty" else []
+    argv += ["--time_based", f"--runtime={seconds * 1000:.0f}ms"] if row.image != "empty" else []
     if row.image == "empty":  # each run allocates its own part, so it is bounded by work
         argv += [f"--io_size={256 * MIB}"]
     argv += [] if row.writes else ["--readonly"]
