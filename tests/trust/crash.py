@@ -20,12 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from imagofs.access import FormatAccess
+from imagofs.format.qcow2 import l2
 from imagofs.format.qcow2.check import check_image
 from imagofs.format.qcow2.loading import load
 from imagofs.format.raw import Raw
@@ -72,6 +74,7 @@ class Shape:
         operations: Length of the workload.
         grows: The refcount table must grow.
         largest: Bytes up to which the disk is resized; 0: it never is.
+        slice_bytes: Bytes of a slice of an L2 table; 0: as ever, and small tables have only one.
     """
 
     name: str
@@ -89,6 +92,17 @@ class Shape:
     operations: int = 60
     grows: bool = False
     largest: int = 0
+    slice_bytes: int = 0
+
+    @contextmanager
+    def slices(self) -> Iterator[None]:
+        """While it runs, slices have the shape's size: several of a table are written together."""
+        usual = l2._SLICE_BYTES
+        l2._SLICE_BYTES = self.slice_bytes or usual
+        try:
+            yield
+        finally:
+            l2._SLICE_BYTES = usual
 
     @property
     def cluster(self) -> int:
@@ -107,6 +121,7 @@ SHAPES = (
         zeroed=((24, 80),),
     ),
     Shape("snapshots", 96 << 10, filled=((0, 120),), snapshots=2),
+    Shape("several slices", 96 << 10, filled=((0, 20), (60, 10), (120, 40)), slice_bytes=64),
     Shape("wide clusters", 256 << 10, "cluster_size=16384", ((10, 200),)),
     Shape("compressed", 96 << 10, "cluster_size=1024", ((0, 150),), compressed=True),
     Shape(
@@ -662,7 +677,8 @@ def try_shape(shape: Shape, seed: int, folder: Path, images: int | None = None) 
         images: About how many to judge, spread over all moments; None: as many as there are to try.
     """
     files = make(shape, folder)
-    trace = run_repeatably(run_workload, shape, files, seed, seed=seed)
+    with shape.slices():
+        trace = run_repeatably(run_workload, shape, files, seed, seed=seed)
     rnd = random.Random(seed)
     tally = Tally(changes=len(trace.log.records))
     try:
