@@ -113,6 +113,10 @@ class AnnotatedStorage(Storage):
         """See `Storage.sync`."""
         await self.inner.sync()
 
+    async def sync_around(self, writes: Sequence[tuple[int, Buffer]], *, again: bool) -> None:
+        """See `Storage.sync_around`."""
+        await self.inner.sync_around(writes, again=again)
+
     async def extent_at(self, offset: int) -> tuple[bool, int]:
         """See `Storage.extent_at`."""
         return await self.inner.extent_at(offset)

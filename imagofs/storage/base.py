@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from ..errors import (
     ClosedError,
+    ImagofsError,
     OutOfRangeError,
     ReadOnlyError,
+    SyncLostError,
     UnsupportedError,
     WrongTypeError,
 )
@@ -207,6 +209,33 @@ class Storage(ABC):
     @abstractmethod
     async def sync(self) -> None:
         """Make everything that was written durable (fdatasync)."""
+
+    async def sync_around(self, writes: Sequence[tuple[int, Buffer]], *, again: bool) -> None:
+        """Sync; only then write; then, if `again`, sync anew. For what must not come too early.
+
+        A cancellation may take effect before, after, or between two of the steps.
+
+        Args:
+            writes: (offset, bytes) of each write. Power cuts may take any of them, unless `again`.
+            again: What is written is durable too when this returns.
+
+        Raises:
+            SyncLostError: A sync failed, now or earlier.
+            Otherwise as `writev`: a write failed; all that was written before is durable.
+        """
+        await self._sync_or_lose()
+        for offset, data in writes:
+            view = memoryview(data)
+            if self.writev_nowait((view,), offset) != view.nbytes:
+                await self.writev((view,), offset)
+        if again:
+            await self._sync_or_lose()
+
+    async def _sync_or_lose(self) -> None:
+        try:
+            await self.sync()
+        except ImagofsError as exc:
+            raise SyncLostError(exc.message, filename=self.filename) from exc
 
     @abstractmethod
     async def invalidate_cache(self) -> None:

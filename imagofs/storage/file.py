@@ -15,7 +15,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Self, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Self, TypeVar, TypeVarTuple
 
 import trio
 
@@ -35,6 +35,9 @@ from .descriptors import adopt_descriptor, check_kind, close_descriptors, open_d
 from .inline import InlineStorage
 from .locks import ImageLock
 from .space import SpaceCalls
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["FileStorage"]
 
@@ -342,13 +345,50 @@ class FileStorage(InlineStorage):
                 return
             self._syncs_begun = number = self._syncs_begun + 1
             try:
-                await self._in_thread(self._writers, os.fdatasync, self._fd)
+                await self._in_thread(self._writers, self._fdatasync)
             except OSError as error:
-                self._sync_lost = True
-                self._write_fd = -1
                 raise self._error("sync", error) from error
             self._syncs_done = number
             self._note_sync()
+
+    def _fdatasync(self) -> None:
+        """For a thread."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError:
+            self._sync_lost = True
+            self._write_fd = -1
+            raise
+
+    async def sync_around(self, writes: Sequence[tuple[int, Buffer]], *, again: bool) -> None:
+        """In one go in a thread. See `Storage.sync_around`."""
+        if self.closed or not self.writable or self.request_alignment > 1:
+            await super().sync_around(writes, again=again)
+            return
+        async with self._sync_turn:
+            self._check_sync()
+            self._syncs_begun = number = self._syncs_begun + 1
+            try:
+                await self._in_thread(self._writers, self._sync_and_write, writes, again)
+            except OSError as error:
+                if self._sync_lost:
+                    message = self._error("sync", error).message
+                    raise SyncLostError(message, filename=self.filename) from error
+                self._syncs_done = number
+                self._size_after_failure()
+                raise self._error("write", error) from error
+            self._syncs_done = number
+            self._note_sync()
+            for offset, data in writes:
+                self._size = max(self._size, offset + memoryview(data).nbytes)
+
+    def _sync_and_write(self, writes: Sequence[tuple[int, Buffer]], again: bool) -> None:
+        """For a thread."""
+        self._fdatasync()
+        for offset, data in writes:
+            syscalls.write_full(self._fd, [memoryview(data)], offset)
+        if again:
+            self._fdatasync()
 
     async def invalidate_cache(self) -> None:
         """Let the kernel drop the file's clean pages, and ask for its size anew."""

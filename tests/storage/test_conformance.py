@@ -291,6 +291,26 @@ async def test_flush_sync_and_invalidate_keep_everything(keeping):
         assert 0 <= storage.allocated_bytes() <= SIZE + (1 << 20)
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_writes_between_syncs(keeping, again):
+    contents = bytearray(pattern(SIZE))
+    async with await keeping.open(bytes(contents)) as storage:
+        writes = [(512, pattern(512, 2)), (4096, bytearray(pattern(8192, 3))), (100, b"odd")]
+        await storage.sync_around(writes, again=again)
+        for offset, data in writes:
+            contents[offset : offset + len(data)] = data
+        assert await read(storage, 0, SIZE) == contents
+        await storage.sync_around([], again=again)
+        await storage.sync()
+
+
+async def test_writes_between_syncs_may_grow(growing):
+    async with await growing.open(b"") as storage:
+        await storage.sync_around([(4096, b"x" * 512)], again=True)
+        assert storage.size() == 4608
+        assert await read(storage, 0, 4608) == bytes(4096) + b"x" * 512
+
+
 async def test_any_memory_serves(keeping):
     """Memory of an mmap, at odd addresses, and read-only bytes."""
     contents = pattern(SIZE)

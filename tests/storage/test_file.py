@@ -282,6 +282,76 @@ async def test_waiting_syncs_share_a_later_call_and_its_failure(tmp_path, monkey
         assert len(calls) == 3
 
 
+@pytest.mark.parametrize(
+    ("fails", "raised", "calls"),
+    [
+        (None, None, ["sync", "write 0", "write 8", "sync"]),
+        ("sync 1", SyncLostError, ["sync"]),
+        ("write 8", StorageError, ["sync", "write 0", "write 8"]),
+        ("sync 2", SyncLostError, ["sync", "write 0", "write 8", "sync"]),
+    ],
+)
+async def test_writes_between_syncs_that_fail(tmp_path, monkeypatch, fails, raised, calls):
+    (tmp_path / "file").write_bytes(b"")
+    done = []
+    write_full = syscalls.write_full
+
+    def fdatasync(fd):
+        done.append("sync")
+        if fails == f"sync {done.count('sync')}":
+            raise OSError(errno.EIO, "lost")
+
+    def write(fd, views, offset):
+        done.append(f"write {offset}")
+        if fails == f"write {offset}":
+            raise OSError(errno.ENOSPC, "full")
+        write_full(fd, views, offset)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(syscalls, "write_full", write)
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        error = None
+        for _ in range(2):
+            done.clear()
+            try:
+                await storage.sync_around([(0, b"one"), (8, b"two")], again=True)
+            except (StorageError, SyncLostError) as caught:
+                error = caught
+            assert type(error) is (raised or type(None))
+            assert done == calls
+            if raised is SyncLostError:
+                calls = []  # from now on nothing is tried any more
+        if raised is StorageError:
+            assert "full" in str(error)
+            await storage.sync()
+            assert storage.size() == 3
+        elif raised is None:
+            assert (tmp_path / "file").read_bytes() == b"one" + bytes(5) + b"two"
+
+
+async def test_syncs_share_those_around_writes(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    calls = []
+    proceed = threading.Semaphore(0)
+
+    def fdatasync(fd):
+        calls.append(fd)
+        proceed.acquire()
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(storage.sync)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(partial(storage.sync_around, [(0, b"one")], again=False))
+            await wait_all_tasks_blocked()
+            nursery.start_soon(storage.sync)
+            await wait_all_tasks_blocked()
+            # The last one asked before the second call began, and so needs none of its own.
+            proceed.release(2)
+        assert len(calls) == 2
+
+
 async def test_a_read_only_storage_has_nothing_to_sync(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.delattr(os, "fdatasync")

@@ -34,6 +34,7 @@ SUITES = {
     "resize_races": "tests/trust/test_resize_races.py",
     "allocation": "tests/qcow2/test_allocation.py",
     "small_caches": "tests/qcow2/test_small_caches.py",
+    "file": "tests/storage/test_file.py",
 }
 
 
@@ -43,7 +44,7 @@ class Mutant(NamedTuple):
     Attributes:
         suite: The test file that notices it, a key of `SUITES`.
         breaks: What goes wrong.
-        file: Its name in `FOLDER`.
+        file: Its name, from `FOLDER` on.
         old: What is replaced; it is there once.
         new: What it is replaced with.
     """
@@ -61,24 +62,56 @@ MUTANTS = (
         "L2 slices are written before guest data and refcounts are durable",
         "metadata.py",
         """\
-        if cut.slices or cut.l1:
-            await self._sync()
+            await self._sync_around([*cut.slices, *cut.l1], again=again)
 """,
         """\
-        if cut.slices or cut.l1:
+            await self._write_all([*cut.slices, *cut.l1])
+            if again:
+                await self._sync()
 """,
+    ),
+    Mutant(
+        "crash",
+        "L2 slices are not durable when a sync returns",
+        "metadata.py",
+        """\
+            await self._sync_around([*cut.slices, *cut.l1], again=again)
+""",
+        """\
+            await self._sync_around([*cut.slices, *cut.l1], again=False)
+""",
+    ),
+    Mutant(
+        "file",
+        "a file is written before what comes first is durable",
+        "../../storage/file.py",
+        """\
+        self._fdatasync()
+        for offset, data in writes:
+""",
+        """\
+        for offset, data in writes:
+""",
+    ),
+    Mutant(
+        "file",
+        "a file's last writes are not synced",
+        "../../storage/file.py",
+        """\
+        if again:
+            self._fdatasync()
+""",
+        "",
     ),
     Mutant(
         "crash",
         "clusters are freed before the dereference is durable",
         "metadata.py",
         """\
-        if durable or cut.dropped:
-            await self._sync()
+        again = durable or bool(cut.dropped)
 """,
         """\
-        if durable:
-            await self._sync()
+        again = durable
 """,
     ),
     Mutant(
@@ -99,15 +132,19 @@ MUTANTS = (
         "metadata.py",
         """\
         await self._write_all(cut.blocks)
+        again = durable or bool(cut.dropped)
         if cut.slices or cut.l1:
+            await self._sync_around([*cut.slices, *cut.l1], again=again)
+        elif again:
             await self._sync()
-            await self._write_all(cut.slices)
 """,
         """\
-        await self._write_all(cut.slices)
-        await self._write_all(cut.blocks)
+        again = durable or bool(cut.dropped)
         if cut.slices or cut.l1:
+            await self._sync_around([*cut.slices, *cut.l1], again=again)
+        elif again:
             await self._sync()
+        await self._write_all(cut.blocks)
 """,
     ),
     Mutant(
@@ -144,6 +181,9 @@ MUTANTS = (
         """\
             if self.data_storage is not self.storage:
                 await self.data_storage.sync()
+        except ImagofsError as exc:
+            self._lose_sync(exc)
+        try:
 """,
         "",
     ),

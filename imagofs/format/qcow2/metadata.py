@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -217,11 +217,10 @@ class Metadata:
             await self._sync()
             await self._write_all(cut.reftable)
         await self._write_all(cut.blocks)
+        again = durable or bool(cut.dropped)
         if cut.slices or cut.l1:
-            await self._sync()
-            await self._write_all(cut.slices)
-            await self._write_all(cut.l1)
-        if durable or cut.dropped:
+            await self._sync_around([*cut.slices, *cut.l1], again=again)
+        elif again:
             await self._sync()
         if cut.dropped:
             await self._free(cut.dropped)
@@ -284,7 +283,24 @@ class Metadata:
                 await self.data_storage.sync()
             await self.storage.sync()
         except ImagofsError as exc:
-            self._lose(f"a sync failed ({exc.message}); what was written since may be lost")
+            self._lose_sync(exc)
+
+    async def _sync_around(
+        self, writes: Sequence[tuple[int, bytes | bytearray]], *, again: bool
+    ) -> None:
+        """Write once all that was written before is durable; make durable this too if `again`."""
+        try:
+            if self.data_storage is not self.storage:
+                await self.data_storage.sync()
+        except ImagofsError as exc:
+            self._lose_sync(exc)
+        try:
+            await self.storage.sync_around(writes, again=again)
+        except SyncLostError as exc:
+            self._lose_sync(exc)
+
+    def _lose_sync(self, error: ImagofsError) -> NoReturn:
+        self._lose(f"a sync failed ({error.message}); what was written since may be lost")
 
     def _lose(self, reason: str) -> NoReturn:
         """End all writing.
