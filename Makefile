@@ -79,12 +79,12 @@ bench: setup
 		--benchmark-json=bench.json $(ARGS)
 	$(PY) -m tests.benchmarks.table bench.json | tee bench.md
 
-compare: ## measure beside qemu-storage-daemon (as root; half an hour on an idle machine)
+compare: ## measure beside qemu-storage-daemon (as root; ten minutes on an idle machine)
 compare: setup
 	sh tests/benchmarks/setup_peer.sh
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.compare --pairs 5 $(ARGS)
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.growth
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m tests.benchmarks.check
+	$(PY) -m tests.benchmarks.compare --pairs 5 $(ARGS)
+	$(PY) -m tests.benchmarks.growth
+	$(PY) -m tests.benchmarks.check
 
 lint: ## ruff: rules and format
 lint: setup

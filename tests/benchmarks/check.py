@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests import qemu
-from tests.benchmarks.compare import PEER_TREE
+from tests.benchmarks.compare import OWN, PEER_TREE
 
 
 class Run(NamedTuple):
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imagofs", type=shlex.split, default=["imagofs"])
+    parser.add_argument("--imagofs", type=shlex.split, default=[OWN])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--size", default="1T")
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/imagofs-bench"))

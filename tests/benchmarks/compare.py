@@ -28,6 +28,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,10 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+#: The program that belongs to the interpreter.
+OWN = str(Path(sys.executable).with_name("imagofs"))
+
+
 def warm(*files: Path) -> None:
     for file in files:
         with open(file, "rb", buffering=0) as stream:
@@ -408,7 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imagofs", type=shlex.split, default=["imagofs"])
+    parser.add_argument("--imagofs", type=shlex.split, default=[OWN])
     parser.add_argument("--qsd", type=shlex.split, action="append", help="a peer; may be repeated")
     parser.add_argument(
         "--rows", default="", help="only rows whose name matches this regular expression"

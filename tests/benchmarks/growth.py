@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--imagofs", type=shlex.split, default=["imagofs"])
+    parser.add_argument("--imagofs", type=shlex.split, default=[compare.OWN])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/imagofs-bench"))
@@ -119,6 +119,7 @@ def main() -> None:
     print(f"64 readers: {compare.fio(many, flat.point, size, args.seconds):,.0f} IOPS")
     sparse = Mount(args.imagofs, own["sparse"], scratch)
     row = compare.Row("", "", READS["random read 4k, depth 1"])
+    compare.warm(own["sparse"])
     iops = compare.fio(row, sparse.point, 1 << 40, args.seconds)
     print(f"random read 4k over 1 TiB, sparse: {iops:,.0f} IOPS")
     print(f"resident after it: {resident_mib(sparse.mounted.pid):.0f} MiB")
