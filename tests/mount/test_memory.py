@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
-from tests.mount.conftest import MountImage
+from tests.mount.mounting import MountImage
 
 MIB = 1 << 20
 _SIZE = 160 * MIB
