@@ -105,6 +105,7 @@ class Session:
         self._stopping = False
         self._loop_scope = trio.CancelScope()
         self._read_ahead: int | None = None
+        self._source = ""  # as the table of mounts has it
         #: /dev/fuse, to ask whether the kernel has ended the connection.
         self._connection: int | None = None
 
@@ -140,6 +141,7 @@ class Session:
         mount = mounts.find_at(self.options.point)
         if mount is not None and mount.fstype == mounts.FSTYPE:
             self.device = mount.device
+            self._source = mount.source
             self._open_read_ahead(mount.device)
         (session_fd,) = _fuse_descriptors() - before
         self._connection = os.dup(session_fd)
@@ -295,7 +297,9 @@ class Session:
         """Where it is mounted now; empty once it is unmounted or detached."""
         if self.device is None:
             return []
-        return [mount.point for mount in mounts.find_device(self.device)]
+        # Its number may be another mount's by now, of another image mostly.
+        found = mounts.find_device(self.device)
+        return [mount.point for mount in found if mount.source == self._source]
 
     async def detach(self) -> bool:
         """Take the mount from its place; who uses it can go on. `serve` returns after the last.

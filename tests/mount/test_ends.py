@@ -158,6 +158,26 @@ def test_mount_whose_number_a_stopped_daemon_still_has(
     again.umount()
 
 
+def test_dead_mount_of_another_image_with_the_number_stays(
+    both: Both, raw_image: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(raw_image.read_bytes())
+    stopped = both(raw_image)
+    stopped.signal(signal.SIGSTOP)
+    try:
+        mounts.detach(str(stopped.path))
+        dead = both(other)
+        dead.signal(signal.SIGKILL)
+        dead.wait_for_end()
+    finally:
+        stopped.signal(signal.SIGCONT)
+    stopped.wait_for_end()
+    assert mount_at(dead.path) is not None, "it looks as if the stopped daemon had lost it"
+    imagofs("umount", dead.path)
+    assert mount_at(dead.path) is None
+
+
 async def test_names_of_the_same_number() -> None:
     """The last one who took it is found, until none is left."""
     device = f"0:{os.getpid()}test"
