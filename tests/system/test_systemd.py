@@ -293,6 +293,7 @@ def test_shutdown(machine: Machine, folder: Path) -> None:
     """With everything up and a file system being written to: all is there afterwards."""
     name = name_of("vm", folder)
     image = partitioned(folder / "vm.qcow2")
+    machine.configure(name, IMAGE=image, OPTIONS="rw")
     machine.systemctl("start", "srv-vm.mount")
     machine.sh("seq 200000 >/srv/vm/data")
     machine.systemctl(
