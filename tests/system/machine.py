@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,8 +192,7 @@ def booted(folder: Path, units: dict[str, str]) -> Iterator[Machine]:
     )
     for unit in folder.glob("usr/local/lib/systemd/system/*"):
         shutil.copy(unit, place)
-    group = _cgroup2() / f"imagofs-test-{os.getpid()}"
-    group.mkdir()
+    group = Path(tempfile.mkdtemp(prefix="imagofs-test-", dir=_cgroup2()))
     unshare = "unshare --fork --kill-child --pid --mount --propagation private --cgroup --uts --ipc"
     die = "setpriv --pdeathsig KILL"  # also when this process is killed
     join = f'echo $$ >"{group}/cgroup.procs"; exec {die} {unshare} bash -c "$BOOT"'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,14 @@ def name_of(test: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def machine(folder: Path) -> Iterator[Machine]:
-    image, loop = folder / "vm.qcow2", name_of("vm", folder)
+    with with_examples(folder, name_of("vm", folder)) as running:
+        yield running
+
+
+@contextmanager
+def with_examples(folder: Path, loop: str) -> Iterator[Machine]:
+    """A machine with the example units, for the image vm.qcow2 in `folder`."""
+    image = folder / "vm.qcow2"
     examples = {}
     for file in EXAMPLES.iterdir():
         text = file.read_text().replace("/var/lib/images/vm.qcow2", str(image))
@@ -289,22 +297,23 @@ def test_mount_unit_and_automount(machine: Machine, folder: Path) -> None:
     machine.sh("if pgrep -f '[m]ount.imagofs .*/mnt/vm'; then exit 1; fi")
 
 
-def test_shutdown(machine: Machine, folder: Path) -> None:
+def test_shutdown(folder: Path, tmp_path: Path) -> None:
     """With everything up and a file system being written to: all is there afterwards."""
-    name = name_of("vm", folder)
-    image = partitioned(folder / "vm.qcow2")
-    machine.configure(name, IMAGE=image, OPTIONS="rw")
-    machine.systemctl("start", "srv-vm.mount")
-    machine.sh("seq 200000 >/srv/vm/data")
-    machine.systemctl(
-        "start", "--job-mode=replace-irreversibly", "umount.target", "shutdown.target"
-    )
-    for unit in ("srv-vm.mount", f"imagofs-loop@{name}.service", f"imagofs@{name}.service"):
-        machine.wait_for(unit, "ActiveState", "inactive")
+    name = name_of("shut", folder)
+    image = partitioned(tmp_path / "vm.qcow2")
+    with with_examples(tmp_path, name) as machine:
+        machine.configure(name, IMAGE=image, OPTIONS="rw")
+        machine.systemctl("start", "srv-vm.mount")
+        machine.sh("seq 200000 >/srv/vm/data")
+        machine.systemctl(
+            "start", "--job-mode=replace-irreversibly", "umount.target", "shutdown.target"
+        )
+        for unit in ("srv-vm.mount", f"imagofs-loop@{name}.service", f"imagofs@{name}.service"):
+            machine.wait_for(unit, "ActiveState", "inactive")
     qemu.check(image)
-    flat = folder / "flat"
+    flat = tmp_path / "flat"
     qemu.qemu_img("convert", "-f", "qcow2", "-O", "raw", image, flat)
-    part = folder / "part"
+    part = tmp_path / "part"
     part.write_bytes(flat.read_bytes()[1 << 20 : (1 << 20) + FILE_SYSTEM_BYTES])
     assert "clean" in qemu.run("e2fsck", "-n", part)
     assert qemu.run("debugfs", "-R", "cat data", part) == qemu.run("seq", "200000")
