@@ -371,11 +371,11 @@ class FileStorage(InlineStorage):
             try:
                 await self._in_thread(self._writers, self._sync_and_write, writes, again)
             except OSError as error:
+                self._size_after_failure()
                 if self._sync_lost:
                     message = self._error("sync", error).message
                     raise SyncLostError(message, filename=self.filename) from error
                 self._syncs_done = number
-                self._size_after_failure()
                 raise self._error("write", error) from error
             self._syncs_done = number
             self._note_sync()

@@ -132,16 +132,34 @@ def test_umount_is_refused_again_and_again(mount: MountImage, raw_image: Path) -
     mounted.umount()
 
 
-def test_mount_whose_number_a_stopped_daemon_still_has(
-    both: Both, raw_image: Path, tmp_path: Path
-) -> None:
-    """The kernel has given it to the next mount, and the old daemon does not know yet."""
-    other = tmp_path / "other.img"
-    other.write_bytes(raw_image.read_bytes())
-    stopped = both(raw_image)
+@pytest.fixture
+def other(raw_image: Path, tmp_path: Path) -> Path:
+    """Another image with the same contents."""
+    path = tmp_path / "other.img"
+    path.write_bytes(raw_image.read_bytes())
+    return path
+
+
+@contextmanager
+def stopped_without_its_mount(both: Both, image: Path) -> Iterator[Mounted]:
+    """A daemon that does not know yet that its mount is gone; goes on, and ends, at the end.
+
+    The kernel has its number for the next mount.
+    """
+    stopped = both(image)
     stopped.signal(signal.SIGSTOP)
     try:
         mounts.detach(str(stopped.path))
+        yield stopped
+    finally:
+        stopped.signal(signal.SIGCONT)
+    stopped.wait_for_end()
+
+
+def test_mount_whose_number_a_stopped_daemon_still_has(
+    both: Both, raw_image: Path, other: Path
+) -> None:
+    with stopped_without_its_mount(both, raw_image) as stopped:
         again = both(other, "rw", "format=raw")
         assert again.pid != stopped.pid
         again.file.write_bytes(b"new")
@@ -150,29 +168,18 @@ def test_mount_whose_number_a_stopped_daemon_still_has(
         assert other.read_bytes().startswith(b"new")
         again = both(other, "format=raw")
         stopped.signal(signal.SIGTERM)
-    finally:
-        stopped.signal(signal.SIGCONT)
-    stopped.wait_for_end()
     # What has its number now is not its to take away.
     assert mount_at(again.path) is not None
     again.umount()
 
 
 def test_dead_mount_of_another_image_with_the_number_stays(
-    both: Both, raw_image: Path, tmp_path: Path
+    both: Both, raw_image: Path, other: Path
 ) -> None:
-    other = tmp_path / "other.img"
-    other.write_bytes(raw_image.read_bytes())
-    stopped = both(raw_image)
-    stopped.signal(signal.SIGSTOP)
-    try:
-        mounts.detach(str(stopped.path))
+    with stopped_without_its_mount(both, raw_image):
         dead = both(other)
         dead.signal(signal.SIGKILL)
         dead.wait_for_end()
-    finally:
-        stopped.signal(signal.SIGCONT)
-    stopped.wait_for_end()
     assert mount_at(dead.path) is not None, "it looks as if the stopped daemon had lost it"
     imagofs("umount", dead.path)
     assert mount_at(dead.path) is None

@@ -321,6 +321,7 @@ async def test_writes_between_syncs_that_fail(tmp_path, monkeypatch, fails, rais
             assert done == calls
             if raised is SyncLostError:
                 calls = []  # from now on nothing is tried any more
+        assert storage.size() == (tmp_path / "file").stat().st_size
         if raised is StorageError:
             assert "full" in str(error)
             await storage.sync()
