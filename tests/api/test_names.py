@@ -82,6 +82,21 @@ assert "pyfuse3" not in sys.modules and "numpy" not in sys.modules
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_opening_an_image_loads_no_check(tmp_path):
+    """A mount starts fast: it takes long to load what only a dirty image needs."""
+    program = """
+import sys, trio, imagofs
+async def open_and_read(path):
+    await imagofs.create_image(path, "qcow2", 1 << 20)
+    async with await imagofs.open_image(path, writable=True) as image:
+        await image.read(bytearray(512), 0)
+trio.run(open_and_read, sys.argv[1])
+print(*(name for name in sys.modules if "check" in name and "imagofs" in name))
+"""
+    done = python("-c", program, str(tmp_path / "image.qcow2"))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "\n")
+
+
 def mypy(*arguments):
     # The cache that `make typecheck` fills makes this a matter of a second.
     return subprocess.run(

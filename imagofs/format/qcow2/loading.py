@@ -18,7 +18,6 @@ from .entries import OFFSET_MASK, from_big_endian
 from .header import MAX_CLUSTER_BITS, Header, parse_header
 from .metadata import Metadata
 from .own import MOST_BITS, MOST_IN_A_SET, OwnClusters
-from .rebuilding import rebuild_refcounts
 from .snapshots import find_snapshot, read_snapshots
 
 if TYPE_CHECKING:
@@ -94,6 +93,8 @@ async def load(
     if writable:
         _check_writable(storage, header, snapshot)
         if header.dirty:
+            from .rebuilding import rebuild_refcounts  # loads most of the check: only if needed
+
             # Refcounts first: what they say decides on every write, and so do the COPIED flags.
             header = await rebuild_refcounts(storage, header)
     l1_offset, l1_entries, size = header.l1_offset, header.l1_entries, header.size
