@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import tally
+from tests.fuzz import bounds, tally
 from tests.fuzz.bounds import Finding, Stuck, bounded
 from tests.fuzz.case import Case, Outcome, try_case
 from tests.fuzz.mutate import case_of, corpus
@@ -73,6 +74,20 @@ def test_time_memory_and_files_are_watched(tmp_path: Path):
     with pytest.raises(Stuck), bounded(lambda: allowed, 0.05):
         while True:
             pass
+
+
+def test_a_slow_machine_gets_more_time(monkeypatch: pytest.MonkeyPatch):
+    assert 1 <= bounds.slowness() <= 10
+    monkeypatch.setattr(bounds, "slowness", lambda: 3.0)
+    began = time.process_time()
+    with bounded(set, 0.1):
+        while time.process_time() - began < 0.2:
+            pass
+    began = time.process_time()
+    with pytest.raises(Stuck, match="too much processor time"), bounded(set, 0.1):
+        while True:
+            pass
+    assert time.process_time() - began > 0.29
 
 
 def test_changes_of_other_files_are_seen(monkeypatch: pytest.MonkeyPatch):
