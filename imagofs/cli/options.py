@@ -151,7 +151,7 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
             key, setting = _FLAGS[name]
             chosen[key] = setting
         elif name == "allow" and value:
-            allow.append(value)
+            allow.append(_absolute(value))
         elif name in _VALUES and value:
             key, parse = _VALUES[name]
             try:

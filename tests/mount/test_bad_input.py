@@ -182,6 +182,21 @@ def test_refused_backing_file(chain: tuple[Path, Path], mount: MountImage, tmp_p
     mount(base, "deny")
 
 
+def test_allowed_directories_count_from_where_the_command_was_given(
+    chain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, top = chain
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mnt").mkdir()
+    words = [str(top), f"{tmp_path}/mnt", "-o"]
+    told = imagofs(*words, "allow=.", cwd=tmp_path / "folder", ok=1).stderr
+    assert "base.qcow2" in told and f"not below {tmp_path}/folder" in told
+    imagofs(*words, "allow=..", cwd=tmp_path / "folder")
+    imagofs("umount", f"{tmp_path}/mnt")
+    told = imagofs(*words, "allow=folder", cwd=tmp_path, ok=1).stderr
+    assert f"not below {tmp_path}/folder" in told
+
+
 def test_backing_loop(new_image: NewImage) -> None:
     first = new_image("1M", name="first.qcow2")
     second = new_image("1M", name="second.qcow2", backing=first)

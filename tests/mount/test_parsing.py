@@ -117,6 +117,7 @@ def test_options() -> None:
     )
     assert parse_options(["rw,ro"]) == MountOptions()
     assert parse_options(["allow=/a,allow=/b\\\\c"]).allow == ("/a", "/b\\c")
+    assert parse_options(["allow=.,allow=b"]).allow == (os.getcwd(), f"{os.getcwd()}/b")
     assert parse_options(["uid=root"]).uid == 0
     sizes = parse_options(["metadata_cache=4M,inflate_cache=1g"])
     assert (sizes.metadata_bytes, sizes.inflated_bytes) == (4 << 20, 1 << 30)
