@@ -122,6 +122,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         report("an image and a mountpoint are needed (see 'imagofs --help')")
         return 2
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except ImagofsError as error:
+        report(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        # The interpreter must not trip over what cannot be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):  # then who read the output has enough
+            report(_reason(error))
+        return 1
+    return code
+
+
+def _run(words: list[str]) -> int:
+    """Do what the words say; returns the exit code."""
     if words[0] in ("-h", "--help"):
         print(_USAGE)
         print("verbs ('imagofs VERB --help' says more):")
@@ -132,17 +151,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imagofs {__version__}")
         return 0
     verb = words.pop(0) if words[0] in VERBS or words[0] in _HELPERS else "mount"
-    try:
-        module = _HELPERS.get(verb) or verb.replace("-", "_")
-        code: int = importlib.import_module(f"{__name__}.{module}").main(words)
-        sys.stdout.flush()
-    except ImagofsError as error:
-        report(str(error))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read the output has enough; the interpreter must not trip over it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    module = _HELPERS.get(verb) or verb.replace("-", "_")
+    code: int = importlib.import_module(f"{__name__}.{module}").main(words)
     return code
+
+
+def _reason(error: OSError) -> str:
+    """What is wrong, in one line: of the output mostly, or of the current directory."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    try:
+        os.getcwd()
+    except OSError as gone:
+        return f"the current directory cannot be used: {gone.strerror}"
+    return reason

@@ -333,6 +333,28 @@ def test_help_and_version() -> None:
     assert imagofs("--version").stdout == "imagofs 0.1.0\n"
 
 
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "info IMAGE", "map --json IMAGE", "check IMAGE", "map IMAGE"]
+)
+def test_output_that_cannot_be_written(good: Path, words: str) -> None:
+    command = [str(PROGRAM), *(word.replace("IMAGE", str(good)) for word in words.split())]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "imagofs: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", ["info x", "x y", "umount x", "stat x", "create x 1M", "map x"])
+def test_a_current_directory_that_is_gone(tmp_path: Path, words: str) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    command = f'cd "$1"; rmdir "$1"; exec "$2" {words}'
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", folder, PROGRAM], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the current directory" in done.stderr
+
+
 def test_file_with_the_name_of_a_verb(good: Path, tmp_path: Path) -> None:
     point = tmp_path / "mnt"
     point.mkdir()
