@@ -66,6 +66,12 @@ class FileStorage(InlineStorage):
         check_kind(status.st_mode, filename)
         #: Whether it is a block device, whose size is fixed.
         self.is_block_device = stat.S_ISBLK(status.st_mode)
+        if writable and self.is_block_device and syscalls.is_read_only_device(fd):
+            raise StorageError(
+                "cannot open for writing: the device is read-only",
+                error=errno.EROFS,
+                filename=filename,
+            )
         # O_DIRECT waits for the device always.
         super().__init__(
             read_fd=-1 if direct else fd,

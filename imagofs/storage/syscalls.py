@@ -23,6 +23,7 @@ __all__ = [
     "block_zero",
     "direct_alignments",
     "extent_at",
+    "is_read_only_device",
     "logical_block_size",
     "punch_hole",
     "read_full",
@@ -42,6 +43,7 @@ _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
 _SYNC_FILE_RANGE_WRITE = 2
+_BLKROGET = 0x125E
 _BLKSSZGET = 0x1268
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
@@ -194,6 +196,12 @@ def block_zero(fd: int, offset: int, length: int) -> None:
         OSError: What the device met.
     """
     fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))
+
+
+def is_read_only_device(fd: int) -> bool:
+    """Whether a block device refuses writes: open(2) lets everybody open it for writing."""
+    (read_only,) = struct.unpack("=i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))
+    return bool(read_only)
 
 
 def logical_block_size(fd: int) -> int:

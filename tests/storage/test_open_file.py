@@ -103,6 +103,19 @@ async def test_read_only_file_system(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+async def test_read_only_device(tmp_path):
+    """The kernel opens it for writing, and refuses each write."""
+    (tmp_path / "backing").write_bytes(bytes(1 << 20))
+    before = open_descriptors()
+    with loop_device(tmp_path / "backing", "-r") as device:
+        with pytest.raises(StorageError, match="the device is read-only") as caught:
+            await FileStorage.open(device, WRITABLE)
+        assert (caught.value.errno, caught.value.filename) == (errno.EROFS, device)
+        assert open_descriptors() == before
+        async with await FileStorage.open(device) as storage:
+            assert await read(storage, 0, 4) == bytes(4)
+
+
 async def test_names_are_absolute_and_descriptors_are_not_inherited(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_bytes(bytes(8192))
