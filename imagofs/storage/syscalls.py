@@ -164,6 +164,8 @@ def start_write_out(fd: int) -> None:
 def extent_at(fd: int, offset: int, size: int) -> tuple[bool, int]:
     """Whether a file of `size` bytes has data at `offset`, else a hole; and where that ends.
 
+    Where the file has become shorter than that counts as data: a read has to say so.
+
     Raises:
         OSError: What the file system met.
     """
@@ -174,7 +176,8 @@ def extent_at(fd: int, offset: int, size: int) -> tuple[bool, int]:
         return True, max(min(os.lseek(fd, offset, os.SEEK_HOLE), size), offset + 1)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            return False, size
+            end = min(os.lseek(fd, 0, os.SEEK_END), size)
+            return (False, end) if offset < end else (True, size)
         if error.errno == errno.EINVAL or error.errno in UNSUPPORTED:
             return True, size
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -47,6 +48,22 @@ async def test_holes_read_as_zero(name: str, tmp_path: Path) -> None:
 
 async def _opened(kind: Driver, contents: bytes) -> Storage:
     return await kind.open(contents, writable=True)
+
+
+async def test_what_was_cut_off_is_no_hole(tmp_path: Path) -> None:
+    """Whoever copies only the data must meet the error that a read meets."""
+    from imagofs import FileStorage, StorageError
+
+    path = tmp_path / "cut"
+    path.write_bytes(b"data" * 4096)
+    async with await FileStorage.open(path) as storage:
+        os.truncate(path, 4096)
+        assert await _extents(storage) == [(0, 4096, True), (4096, 16384, True)]
+        os.truncate(path, 0)
+        os.truncate(path, 8192)
+        assert await _extents(storage) == [(0, 8192, False), (8192, 16384, True)]
+        with pytest.raises(StorageError, match="ends early"):
+            await storage.read(bytearray(1), 8192)
 
 
 async def test_holes_are_found(tmp_path: Path) -> None:
