@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final
 
@@ -49,6 +50,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_IO_FLUSHER = 57
 _M_ARENA_MAX = -8
 _OOM_SCORE = -900
+_TURN_SECONDS = 5.0
 
 
 def mount(
@@ -550,19 +552,35 @@ def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
 def _take_turn(point: str) -> int | None:
     """Wait until nobody else is about to mount at `point`: the kernel would let both.
 
+    Not for ever: whoever may read the mountpoint can lock it too, as flock(1) does.
+
     Returns:
         A descriptor to close once it is mounted; None where that cannot be had.
     """
     fd = None
+    level, deadline = logging.DEBUG, time.monotonic() + _TURN_SECONDS
     try:
         fd = os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    level = logging.WARNING
+                    raise
+            time.sleep(0.02)
     except OSError as error:  # no permission to read it, or a file system without locks
-        log.debug("%s: two who mount here at the same time do not see each other: %s", point, error)
+        reason = "it is locked by another program" if level == logging.WARNING else error
+        log.log(
+            level,
+            "%s: two who mount here at the same time do not see each other: %s",
+            point,
+            reason,
+        )
         if fd is not None:
             os.close(fd)
         return None
-    return fd
 
 
 def default_name(image: str) -> str:

@@ -254,6 +254,18 @@ def test_busy_mountpoint(
     assert mounted.file.stat().st_size == 1 << 20
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_mountpoint_that_somebody_has_locked(good: Path, tmp_path: Path, shared: bool) -> None:
+    """It is waited for, since it may be another who mounts there; but not for ever."""
+    point = tmp_path / "mnt"
+    point.mkdir()
+    lock = ["flock", *["-s"] * shared, str(point)]
+    done = subprocess.run([*lock, PROGRAM, good, point], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "locked by another program" in done.stderr
+    assert mount_at(point) is not None
+    imagofs("umount", point)
+
+
 def test_image_in_use(good: Path, mount: MountImage, tmp_path: Path) -> None:
     mounted = mount(good, "rw")
     line = refused(good, "rw", point=tmp_path)
