@@ -127,6 +127,7 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir("/")
     log_to_stderr(verbosity)  # until the mount answers, the terminal is still there
+    inherited = _open_descriptors() - {0, 1, 2, writer}
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):
         os.dup2(null, standard)
@@ -137,6 +138,9 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
         os.setsid()
         log_to_syslog(verbosity)
         os.dup2(null, 2)
+        # A script's locks and pipes end with the script. (The image may be named by /dev/fd/N.)
+        for descriptor in inherited:
+            os.close(descriptor)
         open_pipe = False
         try:
             os.write(writer, _READY)
@@ -159,6 +163,17 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
     else:
         log.error("%s", line)
     return 1
+
+
+def _open_descriptors() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:  # the one that the listing itself used
+            continue
+        found.add(int(name))
+    return found
 
 
 class _ToldToEnd(StorageError):

@@ -223,6 +223,17 @@ def test_umount_waits_for_all_of_it(mount: MountImage, raw_image: Path) -> None:
     assert raw_image.read_bytes() == data
 
 
+def test_a_scripts_lock_ends_with_the_script(raw_image: Path, tmp_path: Path) -> None:
+    """What the daemon inherits it does not keep; the image itself may be named that way."""
+    point, lock = tmp_path / "mnt", tmp_path / "lock"
+    point.mkdir()
+    script = 'exec 9>lock 8<"$2"; flock 9; "$1" /dev/fd/8 mnt -o format=raw,name=disk'
+    subprocess.run(["bash", "-c", script, "sh", PROGRAM, raw_image], cwd=tmp_path, check=True)
+    subprocess.run(["flock", "-n", lock, "true"], check=True)
+    assert (point / "disk").read_bytes() == raw_image.read_bytes()
+    imagofs("umount", point)
+
+
 def test_umount_of_nothing(tmp_path: Path) -> None:
     for point in (tmp_path, tmp_path / "missing"):
         done = imagofs("umount", point, ok=1)
