@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
-from .errors import OutOfRangeError, WrongTypeError
+from .errors import OutOfRangeError, StorageError, WrongTypeError
 
 __all__ = ["check_size", "check_type", "path_of"]
 
@@ -42,9 +43,12 @@ def path_of(path: str | os.PathLike[str]) -> str:
     """The path as a string.
 
     Raises:
+        StorageError: It is empty: what is made of it would name the current directory.
         WrongTypeError: It is no path of characters.
     """
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
         raise WrongTypeError(f"{path!r} is no path of type str or PathLike[str]")
+    if not name:
+        raise StorageError("a path is empty", error=errno.ENOENT)
     return name

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final
 
+from .arguments import path_of
 from .cli.options import MountOptions
 from .errors import ImagofsError, OutOfRangeError, StorageError, UnsupportedError
 from .fuse import mounts
@@ -77,7 +78,7 @@ def mount(
         ImagofsError: It failed before the mount answered (in the foreground).
     """
     notifier = Notifier.from_environment() if foreground else Notifier()
-    daemon = _Daemon(os.path.abspath(image), mountpoint, options, notifier)
+    daemon = _Daemon(os.path.abspath(path_of(image)), mountpoint, options, notifier)
     if foreground:
         log_to_stderr(verbosity)
         try:

@@ -13,6 +13,8 @@ import signal
 import time
 from typing import Final, NamedTuple
 
+from ..arguments import path_of
+
 __all__ = [
     "FSTYPE",
     "Mount",
@@ -108,8 +110,11 @@ def real_path(point: str) -> str:
     """The absolute path of a mountpoint without symbolic links.
 
     The last component is looked at only if nothing is mounted there.
+
+    Raises:
+        StorageError: `point` is empty.
     """
-    head, tail = os.path.split(os.path.abspath(point))
+    head, tail = os.path.split(os.path.abspath(path_of(point)))
     path = os.path.join(os.path.realpath(head), tail)
     if find_at(path) is None:
         path = os.path.realpath(path)

@@ -60,6 +60,7 @@ PLAIN: dict[str, tuple[Callable[[], Any], type[ImagofsError]]] = {
     "one directory": (lambda: AllowDirectories("/tmp"), WrongTypeError),
     "one directory's path": (lambda: AllowDirectories(Path("/tmp")), WrongTypeError),
     "directories of no kind": (lambda: AllowDirectories(5), WrongTypeError),
+    "a directory without a name": (lambda: AllowDirectories([""]), StorageError),
     "a directory of no kind": (lambda: AllowDirectories([5]), WrongTypeError),
     "vector of a number": (lambda: IoVector(5), WrongTypeError),
     "vector of a string": (lambda: IoVector(["x"]), WrongTypeError),

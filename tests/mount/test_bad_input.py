@@ -367,6 +367,19 @@ def test_a_current_directory_that_is_gone(tmp_path: Path, words: str) -> None:
     assert "the current directory" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["", "mnt"], ["good.qcow2", ""], ["umount", ""], ["stat", ""], ["info", ""], ["map", ""],
+     ["check", ""], ["create", "", "1M"], ["resize", "", "1M"], ["loop", "attach", "x", ""]],
+)  # fmt: skip
+def test_empty_names(good: Path, tmp_path: Path, words: list[str]) -> None:
+    """They name nothing, not the current directory."""
+    (tmp_path / "mnt").mkdir()
+    done = imagofs(*words, cwd=tmp_path, ok=1)
+    assert done.stderr == "imagofs: a path is empty\n"
+    assert mount_at(tmp_path) is None
+
+
 def test_file_with_the_name_of_a_verb(good: Path, tmp_path: Path) -> None:
     point = tmp_path / "mnt"
     point.mkdir()
