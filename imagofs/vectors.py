@@ -43,6 +43,8 @@ def flat_view(buffer: Buffer) -> memoryview:
         view = memoryview(buffer)
     except TypeError as error:
         raise WrongTypeError(f"{type(buffer).__name__} is no buffer") from error
+    except (ValueError, BufferError) as error:  # a released view; an array of dates
+        raise WrongTypeError(f"cannot use a {type(buffer).__name__}: {error}") from error
     if view.ndim == 1 and view.format == "B" and view.contiguous:
         return view
     if not view.nbytes:  # a shape with a zero in it cannot be cast
@@ -68,6 +70,8 @@ def flat_views(buffers: Buffer | IoVector | Iterable[Buffer]) -> list[memoryview
         if isinstance(buffers, str) or not isinstance(buffers, Iterable):
             raise WrongTypeError(f"{type(buffers).__name__} holds no buffers") from None
         return [view for view in map(flat_view, buffers) if view.nbytes]
+    except (ValueError, BufferError) as error:
+        raise WrongTypeError(f"cannot use a {type(buffers).__name__}: {error}") from error
     return [flat_view(view)] if view.nbytes else []
 
 

@@ -14,6 +14,7 @@ from imagofs import (
     FileStorage,
     FormatAccess,
     ImagofsError,
+    IoBuffer,
     IoVector,
     IoVectorMut,
     LockedError,
@@ -37,6 +38,13 @@ from imagofs import (
 from tests.vmdk.build import pack_descriptor
 
 MIB = 1 << 20
+
+
+def _released() -> memoryview:
+    view = memoryview(bytearray(5))
+    view.release()
+    return view
+
 
 #: Calls without a file system, each with the error that it must raise.
 PLAIN: dict[str, tuple[Callable[[], Any], type[ImagofsError]]] = {
@@ -64,6 +72,8 @@ PLAIN: dict[str, tuple[Callable[[], Any], type[ImagofsError]]] = {
     "a directory of no kind": (lambda: AllowDirectories([5]), WrongTypeError),
     "vector of a number": (lambda: IoVector(5), WrongTypeError),
     "vector of a string": (lambda: IoVector(["x"]), WrongTypeError),
+    "vector of a released view": (lambda: IoVector([_released()]), WrongTypeError),
+    "a released view": (lambda: IoBuffer.copy_of(_released()), WrongTypeError),
     "split at a string": (lambda: IoVector([b"x"]).split_at("1"), WrongTypeError),
     "split tail at a float": (lambda: IoVector([b"x"]).split_tail_at(1.0), WrongTypeError),
     "fill with a string": (lambda: IoVectorMut([bytearray(1)]).fill("x"), WrongTypeError),
