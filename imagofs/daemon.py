@@ -11,6 +11,7 @@ The daemon never touches its own mountpoint: nobody would answer.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -519,12 +520,13 @@ class _Daemon:
         return ""
 
 
-def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
+def prepare_mountpoint(point: str, *, make: int | None = None) -> bool:
     """See that something can be mounted at `point`; clear a mount that lost its daemon.
 
     Args:
         point: The mountpoint, a real path.
-        make: Make it, and the directories above it, if it is missing.
+        make: Make it with these permission bits, and the directories above it, if it is missing;
+            None: do not.
 
     Returns:
         True if it is a regular file, False if it is a directory.
@@ -542,8 +544,10 @@ def prepare_mountpoint(point: str, *, make: bool = False) -> bool:
                 )
             mounts.detach(point)
             log.warning("%s: cleared what a daemon that is gone had left mounted", point)
-        if make and not os.path.lexists(point):
-            os.makedirs(point, exist_ok=True)
+        if make is not None and not os.path.lexists(point):
+            os.makedirs(os.path.dirname(point), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(point, make)
         kind = os.stat(point).st_mode
     except StorageError:
         raise

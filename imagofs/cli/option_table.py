@@ -84,7 +84,10 @@ OPTIONS: Final = [
         "keep a file with the statistics in Prometheus' text format, or answer with them, by HTTP "
         "too, whoever connects to a local socket (only the user who mounted and root may)",
     ),
-    MountOption(("X-mount.mkdir",), "make the mountpoint if it is missing"),
+    MountOption(
+        ("X-mount.mkdir", "X-mount.mkdir=OCTAL"),
+        "make the mountpoint if it is missing, with these permissions (default: 755)",
+    ),
 ]
 
 _COLUMN = 24

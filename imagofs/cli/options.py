@@ -71,7 +71,8 @@ class MountOptions:
         fsname: `fsname=`; None: the image's path.
         snapshot: `snapshot=`: show this internal snapshot.
         lock: `lock=`: take qemu's image locks; "auto": where the file system has such locks.
-        mkdir: `X-mount.mkdir`: make the mountpoint if it is missing.
+        mkdir: `X-mount.mkdir`, `X-mount.mkdir=`: make the mountpoint if it is missing, with these
+            permission bits; None: do not.
         channel: `channel=`: use the data channel.
         direct_io: `direct_io`: bypass the kernel's page cache.
         writeback: `writeback`: let the kernel keep written pages back.
@@ -99,7 +100,7 @@ class MountOptions:
     fsname: str | None = None
     snapshot: str | None = None
     lock: bool | Literal["auto"] = "auto"
-    mkdir: bool = False
+    mkdir: int | None = None
     channel: bool = True
     direct_io: bool = False
     writeback: bool = False
@@ -165,7 +166,10 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
         elif option in _KERNEL:
             kernel[_KERNEL[option]] = option
         elif name.lower() == "x-mount.mkdir":
-            chosen["mkdir"] = True
+            try:
+                chosen["mkdir"] = _mode(value) if value else 0o755
+            except ValueError as error:
+                raise OptionError(f"option {option!r}: {error}") from None
         elif name in _COMMENTS or option in _IGNORED or name.startswith(_FOR_OTHERS) or sloppy:
             continue
         else:

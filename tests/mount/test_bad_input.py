@@ -233,6 +233,14 @@ def test_missing_mountpoint(good: Path, tmp_path: Path) -> None:
     assert "missing" in refused(good, point=tmp_path / "missing" / "below")
 
 
+def test_mountpoint_that_is_made(good: Path, tmp_path: Path) -> None:
+    for folders, options, mode in (("a", "", 0o755), ("b/c", "=0700", 0o700)):
+        point = tmp_path / folders
+        imagofs(good, point, "-o", f"X-mount.mkdir{options}")
+        imagofs("umount", point)
+        assert point.stat().st_mode & 0o777 == mode
+
+
 def test_mountpoint_of_another_kind(good: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert "neither" in refused(good, point=tmp_path / "fifo")

@@ -125,9 +125,13 @@ def test_options() -> None:
     kernel = parse_options(["nosuid,relatime,noexec,suid", "async"]).kernel
     assert kernel == ("suid", "noexec", "async")
     assert parse_options([",,ro,"]) == MountOptions()
+    assert parse_options(["X-mount.mkdir"]).mkdir == 0o755
+    assert parse_options(["x-mount.mkdir=0700"]).mkdir == 0o700
 
 
-@pytest.mark.parametrize("text", ["x", "uid=-1", "uid=4294967295", "mode=1777", "allow", "ro=x"])
+@pytest.mark.parametrize(
+    "text", ["x", "X-mount.mkdir=9", "uid=-1", "uid=4294967295", "mode=1777", "allow", "ro=x"]
+)
 def test_wrong_options(text: str) -> None:
     with pytest.raises(OptionError) as caught:
         parse_options([text])
