@@ -388,6 +388,20 @@ def test_empty_names(good: Path, tmp_path: Path, words: list[str]) -> None:
     assert mount_at(tmp_path) is None
 
 
+def test_names_in_another_locale(new_image: NewImage, tmp_path: Path) -> None:
+    """A name in an image is bytes, as in a folder, whatever letters they are where it is read."""
+    new_image("1M", name="b\u00e4se.qcow2")
+    new_image(name="top.qcow2", backing="b\u00e4se.qcow2")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    created = ["create", "-b", "b\u00e4se.qcow2", "-F", "qcow2", "made.qcow2"]
+    for words in (["map", "top.qcow2"], created, ["map", "made.qcow2"], ["check", "made.qcow2"]):
+        done = subprocess.run(
+            [PROGRAM, *words], cwd=tmp_path, env={**os.environ, **locale}, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert qemu.info(tmp_path / "made.qcow2")["backing-filename"] == "b\u00e4se.qcow2"
+
+
 def test_file_with_the_name_of_a_verb(good: Path, tmp_path: Path) -> None:
     point = tmp_path / "mnt"
     point.mkdir()

@@ -9,6 +9,7 @@ file is no qcow2 image.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -157,7 +158,11 @@ class Parameters:
                 continue
             if not name or "\0" in name:
                 raise OutOfRangeError(f"the {what} cannot have the name {name!r}")
-            if len(name.encode("utf-8", "surrogateescape")) > MAX_BACKING_NAME:
+            try:
+                length = len(os.fsencode(name))
+            except UnicodeEncodeError as error:
+                raise OutOfRangeError(f"the {what} cannot have the name {name!r}") from error
+            if length > MAX_BACKING_NAME:
                 raise OutOfRangeError(f"the {what}'s name is longer than {MAX_BACKING_NAME} bytes")
 
     def _check_version2(self) -> None:

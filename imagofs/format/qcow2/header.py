@@ -6,6 +6,7 @@ specification. Everything that can be judged by the header alone is refused here
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -224,7 +225,7 @@ class Header:
         for kind, data in self._extensions():
             parts.append(_EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8))
         parts.append(_EXTENSION.pack(END_OF_EXTENSIONS, 0))
-        name = self.backing_file.encode("utf-8", "surrogateescape") if self.backing_file else b""
+        name = os.fsencode(self.backing_file) if self.backing_file else b""
         fields = header.encode_fields()
         rest = b"".join(parts)
         name_offset = FIELDS_OFFSET + len(fields) + len(rest) if name else 0
@@ -240,10 +241,9 @@ class Header:
     def _extensions(self) -> list[tuple[int, bytes]]:
         extensions: list[tuple[int, bytes]] = []
         if self.backing_format is not None:
-            extensions.append((BACKING_FORMAT, self.backing_format.encode()))
+            extensions.append((BACKING_FORMAT, os.fsencode(self.backing_format)))
         if self.data_file is not None:
-            name = self.data_file.encode("utf-8", "surrogateescape")
-            extensions.append((DATA_FILE_NAME, name))
+            extensions.append((DATA_FILE_NAME, os.fsencode(self.data_file)))
         if self.bitmaps is not None:
             packed = struct.pack(
                 ">IIQQ",
@@ -482,7 +482,7 @@ def _backing_name(
 def _text(data: bytes, what: str, filename: str | None) -> str:
     if b"\0" in data:
         raise FormatError(f"the {what} has a zero byte in it", filename=filename)
-    return data.decode("utf-8", "surrogateescape")
+    return os.fsdecode(data)  # names of files are bytes, whatever the locale
 
 
 def _check_tables(header: Header, filename: str | None) -> None:
