@@ -52,7 +52,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_IO_FLUSHER = 57
 _M_ARENA_MAX = -8
 _OOM_SCORE = -900
-_TURN_SECONDS = 5.0
+_TURN_SECONDS = 10.0
 
 
 def mount(
@@ -78,6 +78,8 @@ def mount(
     Raises:
         ImagofsError: It failed before the mount answered (in the foreground).
     """
+    if folder := os.environ.get("TMPDIR"):
+        os.environ["TMPDIR"] = os.path.abspath(folder)  # the daemon's current directory is another
     notifier = Notifier.from_environment() if foreground else Notifier()
     daemon = _Daemon(os.path.abspath(path_of(image)), mountpoint, options, notifier)
     if foreground:
@@ -159,12 +161,19 @@ def _run_in_background(daemon: _Daemon, writer: int, verbosity: int) -> int:
         if not open_pipe:
             log.critical("%s: the daemon ends: %r", daemon.point, error, exc_info=error)
             return 1
-        line = f"{daemon.image}: {type(error).__name__}: {error}"
+        line = _reason(error, daemon.image)
     if open_pipe:
         os.write(writer, os.fsencode(line))
     else:
         log.error("%s", line)
     return 1
+
+
+def _reason(error: Exception, image: str) -> str:
+    """What went wrong, for people, whatever nurseries it came through."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) if isinstance(error, ImagofsError) else f"{image}: {error!r}"
 
 
 def _open_descriptors() -> set[int]:
@@ -508,11 +517,8 @@ class _Daemon:
                 nursery.start_soon(ask_for_time, self.notifier)
                 await access.close()
                 nursery.cancel_scope.cancel()
-        except Exception as group:
-            error = group
-            while isinstance(error, ExceptionGroup):
-                error = error.exceptions[0]
-            reason = str(error) if isinstance(error, ImagofsError) else f"{self.image}: {error!r}"
+        except Exception as error:
+            reason = _reason(error, self.image)
             lost = f"{reason}; what was written since the last successful sync may be lost"
             log.critical("%s", lost)
             return lost

@@ -383,7 +383,8 @@ async def _open_layer(
         if format_name == "raw" and writable:
             raise FormatError(
                 "no image format was recognised, and writing to a disk that is only guessed to be "
-                "raw could change what it is taken for: add format=raw if it is raw",
+                "raw could change what it is taken for: add format=raw if it is raw "
+                "('imagofs resize': -f raw)",
                 filename=storage.filename,
             )
     open_format = FORMATS[format_name].opener()

@@ -131,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # The interpreter must not trip over what cannot be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the interpreter must not trip over it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):  # then who read the output has enough
             report(_reason(error))
         return 1

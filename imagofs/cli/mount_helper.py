@@ -28,7 +28,7 @@ FAILURE: Final = 32
 
 #: What the kernel says of a FUSE mount that is there, and mount(8) repeats when it remounts.
 _OF_THE_KERNEL: Final = re.compile(
-    r"(?:fd|rootmode|user_id|group_id|max_read|blksize|subtype|helper)=|default_permissions$"
+    r"(?:fd|rootmode|user_id|group_id|max_read|blksize|subtype|helper)=|(?:default_permissions|seclabel)$"
 )
 
 
@@ -59,7 +59,11 @@ def main(arguments: list[str]) -> int:
 
     def act() -> int:
         if "remount" in options:
-            return 0 if words.fake else _remount(words.target, options)
+            wanted = [option for option in options if option != "remount"]
+            parse_options(
+                map(_quoted, wanted), sloppy=words.sloppy
+            )  # refuses what it does not know
+            return 0 if words.fake else _remount(words.target, wanted)
         return _mount(
             words.source,
             words.target,
@@ -85,6 +89,11 @@ def split_mount_options(text: str) -> list[str]:
     return [option for option in split_options(unquoted) if not _OF_THE_KERNEL.match(option)]
 
 
+def _quoted(option: str) -> str:
+    """One option as a text in which several could be."""
+    return option.replace("\\", "\\\\").replace(",", "\\,")
+
+
 def guarded(act: Callable[[], int]) -> int:
     """Do `act`; an exception becomes one line and an exit code of mount(8)."""
     try:
@@ -107,8 +116,7 @@ def _mount(
 ) -> int:
     # A snapshot cannot be written to; for everything else rw is what fstab's readers expect.
     default = "ro" if any(option.startswith("snapshot=") for option in options) else "rw"
-    quoted = (option.replace("\\", "\\\\").replace(",", "\\,") for option in options)
-    chosen = parse_options([default, *quoted], sloppy=sloppy)
+    chosen = parse_options([default, *map(_quoted, options)], sloppy=sloppy)
     if not os.path.exists(source):
         if "nofail" in options:
             return 0

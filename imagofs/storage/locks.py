@@ -126,8 +126,8 @@ class ImageLock:
     def _locked(self, byte: int, what: str, pid: int = -1) -> LockedError:
         holder = _name_of(pid) if pid > 0 else _find_holder(self._fd, byte)
         return LockedError(
-            f"is in use: {holder} {what}; stop that first, or add -o lock=off to go on at your "
-            f"own risk (qemu-img and qemu-io: -U)",
+            f"is in use: {holder} {what}; stop that first (a mount with -o lock=off goes on, at "
+            f"your own risk; so do qemu-img and qemu-io with -U)",
             filename=self._filename,
         )
 

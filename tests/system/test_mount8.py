@@ -135,6 +135,8 @@ def test_remount(image: Path, tmp_path: Path) -> None:
         umount mnt
         mount -t imagofs -o ro disk.qcow2 mnt
         no mount -o remount,rw mnt 2>refused
+        no mount -o remount,r0 mnt 2>unknown
+        mount -s -o remount,ro,r0 mnt
         findmnt -no OPTIONS mnt
         """,
         tmp_path,
@@ -143,6 +145,7 @@ def test_remount(image: Path, tmp_path: Path) -> None:
     assert "ro" in first and "rw" in second and "noexec" in second and "ro" in third
     assert "open for writing" in (tmp_path / "busy").read_text()
     assert "open read-only" in (tmp_path / "refused").read_text()
+    assert "unknown option 'r0'" in (tmp_path / "unknown").read_text()
     assert qemu.contents(image)[:3] == b"2nd"
 
 

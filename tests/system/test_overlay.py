@@ -20,7 +20,8 @@ from tests.mount.mounting import MountImage, imagofs, mounting, wait_until
 @pytest.fixture
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MountImage]:
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", "temporary")  # the daemon's own current directory is another
     with mounting(tmp_path) as mount_image:
         yield mount_image
 
