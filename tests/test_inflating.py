@@ -155,10 +155,10 @@ def test_zstd_frames_that_make_a_cluster_together(library: str) -> None:
 def test_zstd_frames_are_bounded_in_number(library: str) -> None:
     data = prose(512)
     for many in (zstd(b"") * 100_000, b"\x50\x2a\x4d\x18\0\0\0\0" * 100_000):
-        started = time.perf_counter()
+        started = time.thread_time()
         with pytest.raises(InflateError, match="ends before 512 bytes"):
             inflate_zstd(many + zstd(data), 512)
-        assert time.perf_counter() - started < 1
+        assert time.thread_time() - started < 1
 
 
 # --- broken and hostile streams -----------------------------------------------------------------
@@ -223,9 +223,9 @@ def test_bombs_cost_no_more_than_a_cluster(library: str, frames: dict[str, bool]
         with pytest.raises(InflateError):
             inflate_zstd(zstd_bomb, CLUSTER)
 
-    started = time.perf_counter()
+    started = time.thread_time()
     assert peak_bytes(work) < 12 * MIB  # a zstd window of up to 8 MiB
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_a_frame_that_claims_to_be_huge(library: str) -> None:

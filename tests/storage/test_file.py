@@ -384,7 +384,9 @@ async def test_uncached_reads_are_left_to_a_thread(tmp_path):
         await storage.sync()
         await storage.invalidate_cache()
         buffer = bytearray(65536)
-        assert storage.readv_nowait(views(buffer), 4 << 20) == 0
+        # Each begins to read ahead, and may find what a fast disk has brought by then.
+        places = range(1 << 20, 8 << 20, 1 << 20)
+        assert 0 in {storage.readv_nowait(views(buffer), place) for place in places}
         assert await read(storage, 4 << 20, 65536) == b"x" * 65536
         assert storage.readv_nowait(views(buffer), 4 << 20) == 65536
 
