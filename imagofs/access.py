@@ -69,8 +69,8 @@ class FormatAccess(ReadAccess):
     """Reads and writes an open image through its chain.
 
     Several images may stand on the same layer (`backing=` the same FormatAccess): it stays open
-    until the last of them is closed. It belongs to one trio loop: for
-    several threads, or none, there is SyncFormatAccess.
+    until the last of them is closed. It belongs to one trio loop: for several threads, or none,
+    there is SyncFormatAccess.
 
     Args:
         driver: The top layer. Its `backing` is the layer below.

@@ -11,16 +11,12 @@ The daemon never touches its own mountpoint: nobody would answer.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import gc
 import logging
 import os
 import signal
 import socket
-import stat
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +24,7 @@ from .arguments import path_of
 from .cli.options import MountOptions
 from .errors import ImagofsError, OutOfRangeError, StorageError, UnsupportedError
 from .fuse import mounts
+from .fuse.mountpoint import prepare_mountpoint, take_turn
 from .logs import log_to_stderr, log_to_syslog
 from .notify import Notifier
 from .privileges import Helper, become
@@ -52,7 +49,6 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_IO_FLUSHER = 57
 _M_ARENA_MAX = -8
 _OOM_SCORE = -900
-_TURN_SECONDS = 10.0
 
 
 def mount(
@@ -226,7 +222,7 @@ class _Daemon:
             ImagofsError: Something failed before the mount answered; nothing is mounted.
         """
         self._is_file = prepare_mountpoint(self.point, make=self.options.mkdir)
-        self._turn = _take_turn(self.point)
+        self._turn = take_turn(self.point)
         prepare_mountpoint(self.point)  # another may have had its turn before
         if self._is_file and self.options.name is not None:
             raise OutOfRangeError(
@@ -524,89 +520,6 @@ class _Daemon:
             return lost
         log.info("%s: unmounted, everything is on the disk", self.point)
         return ""
-
-
-def prepare_mountpoint(point: str, *, make: int | None = None) -> bool:
-    """See that something can be mounted at `point`; clear a mount that lost its daemon.
-
-    Args:
-        point: The mountpoint, a real path.
-        make: Make it with these permission bits, and the directories above it, if it is missing;
-            None: do not.
-
-    Returns:
-        True if it is a regular file, False if it is a directory.
-
-    Raises:
-        StorageError: It is missing, in use, or something else.
-    """
-    try:
-        while (mount := mounts.find_at(point)) is not None and mount.fstype == mounts.FSTYPE:
-            if not mounts.is_dead(point):
-                raise StorageError(
-                    f"{mount.source} is mounted here already; 'imagofs umount' it first",
-                    error=errno.EBUSY,
-                    filename=point,
-                )
-            mounts.detach(point)
-            log.warning("%s: cleared what a daemon that is gone had left mounted", point)
-        if make is not None and not os.path.lexists(point):
-            os.makedirs(os.path.dirname(point), exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(point, make)
-        kind = os.stat(point).st_mode
-    except StorageError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.ENOENT:
-            reason += "; make a directory or a file there first, or add -o X-mount.mkdir"
-        elif error.errno == errno.ENOTCONN:
-            reason += ": unmount what is mounted there first"
-        raise StorageError(
-            f"cannot mount here: {reason}", error=error.errno or errno.EIO, filename=point
-        ) from error
-    if not stat.S_ISDIR(kind) and not stat.S_ISREG(kind):
-        raise StorageError(
-            "cannot mount here: neither a directory nor a regular file",
-            error=errno.ENOTDIR,
-            filename=point,
-        )
-    return stat.S_ISREG(kind)
-
-
-def _take_turn(point: str) -> int | None:
-    """Wait until nobody else is about to mount at `point`: the kernel would let both.
-
-    Not for ever: whoever may read the mountpoint can lock it too, as flock(1) does.
-
-    Returns:
-        A descriptor to close once it is mounted; None where that cannot be had.
-    """
-    fd = None
-    level, deadline = logging.DEBUG, time.monotonic() + _TURN_SECONDS
-    try:
-        fd = os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    level = logging.WARNING
-                    raise
-            time.sleep(0.02)
-    except OSError as error:  # no permission to read it, or a file system without locks
-        reason = "it is locked by another program" if level == logging.WARNING else error
-        log.log(
-            level,
-            "%s: two who mount here at the same time do not see each other: %s",
-            point,
-            reason,
-        )
-        if fd is not None:
-            os.close(fd)
-        return None
 
 
 def default_name(image: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, NoReturn
 from .. import __version__
 from ..errors import ImagofsError
 
-__all__ = ["Parser", "main", "parser_of", "report"]
+__all__ = ["Parser", "main", "parser_of", "reason_of", "report"]
 
 #: Verb to what it does, in a few words.
 VERBS: Final = {
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError:  # the interpreter must not trip over it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):  # then who read the output has enough
-            report(_reason(error))
+            report(reason_of(error))
         return 1
     return code
 
@@ -158,8 +158,8 @@ def _run(words: list[str]) -> int:
     return code
 
 
-def _reason(error: OSError) -> str:
-    """What is wrong, in one line: of the output mostly, or of the current directory."""
+def reason_of(error: OSError) -> str:
+    """What is wrong, in one line, with the file if there is one, or of the current directory."""
     reason = error.strerror or str(error)
     if error.filename is not None:
         return f"{error.filename}: {reason}"

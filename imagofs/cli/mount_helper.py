@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 
 from ..errors import ImagofsError, StorageError
 from ..fuse import client, mounts
-from . import Parser, report
+from . import Parser, reason_of, report
 from .options import OptionError, parse_options, split_options
 
 __all__ = ["FAILURE", "HelperParser", "guarded", "main", "split_mount_options"]
@@ -60,9 +60,8 @@ def main(arguments: list[str]) -> int:
     def act() -> int:
         if "remount" in options:
             wanted = [option for option in options if option != "remount"]
-            parse_options(
-                map(_quoted, wanted), sloppy=words.sloppy
-            )  # refuses what it does not know
+            # An unknown option is an error here too.
+            parse_options(map(_quoted, wanted), sloppy=words.sloppy)
             return 0 if words.fake else _remount(words.target, wanted)
         return _mount(
             words.source,
@@ -105,7 +104,7 @@ def guarded(act: Callable[[], int]) -> int:
         report(str(error))
         return FAILURE
     except OSError as error:
-        report(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        report(reason_of(error))
         return _SYSTEM
     except KeyboardInterrupt:
         return _INTERRUPTED
