@@ -150,7 +150,7 @@ def _do(what: bytes, point: str) -> str:
     elif what == b"s":
         return "yes" if mounts.is_dead(point) else ""
     elif what == b"u":
-        return mounts.users(point)
+        return mounts.users(point).names
     return ""
 
 

@@ -148,7 +148,7 @@ def _remount(target: str, options: list[str]) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno == errno.EBUSY:
-            users = mounts.users(point)
+            users = mounts.users(point).names
             reason = f"it is open for writing{f' (used by {users})' if users else ''}"
         raise StorageError(
             f"cannot remount: {reason}", error=error.errno or errno.EIO, filename=point

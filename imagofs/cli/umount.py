@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import time
+from typing import Final
 
 from ..errors import StorageError
 from ..fuse import mounts
@@ -10,6 +12,10 @@ from ..fuse.control import Connection, EndedEarly
 from . import Parser
 
 __all__ = ["clear_stale", "main", "unmount"]
+
+#: How long to wait for users of whom none is seen to stay: somebody may just be asking for the
+#: statistics, or a loop device be on its way out.
+_PASSING_SECONDS: Final = 2.0
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +48,8 @@ def main(arguments: list[str]) -> int:
 
 def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
     """Unmount what imagofs mounted at `mountpoint`; wait for its daemon unless `lazy`.
+
+    Users who are about to go are waited for, 2 s at most.
 
     Args:
         mountpoint: Where it is mounted.
@@ -99,13 +107,19 @@ def clear_stale(mountpoint: str) -> None:
 
 
 def _detach(point: str, *, lazy: bool) -> None:
-    try:
-        mounts.detach(point, lazy=lazy)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EBUSY:
-            users = mounts.users(point)
-            reason = f"in use{f' by {users}' if users else ''}; end that, or unmount with -l"
-        raise StorageError(
-            f"cannot unmount: {reason}", error=error.errno or errno.EIO, filename=point
-        ) from error
+    deadline = time.monotonic() + _PASSING_SECONDS
+    while True:
+        try:
+            return mounts.detach(point, lazy=lazy)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno == errno.EBUSY:
+                users = mounts.users(point)
+                if not users.lasting and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                by = f" by {users.names}" if users.names else ""
+                reason = f"in use{by}; end that, or unmount with -l"
+            raise StorageError(
+                f"cannot unmount: {reason}", error=error.errno or errno.EIO, filename=point
+            ) from error

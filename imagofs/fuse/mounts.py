@@ -18,6 +18,7 @@ from ..arguments import path_of
 __all__ = [
     "FSTYPE",
     "Mount",
+    "Users",
     "detach",
     "find_at",
     "find_device",
@@ -54,6 +55,18 @@ class Mount(NamedTuple):
     fstype: str
     source: str
     owner: int
+
+
+class Users(NamedTuple):
+    """Who uses a mount.
+
+    Attributes:
+        names: A list for a message ("/dev/loop0, process 17"); empty if nobody is seen.
+        lasting: Whether there are others than loop devices that are detached with their last user.
+    """
+
+    names: str
+    lasting: bool
 
 
 _TABLE: Final = "/proc/self/mountinfo"
@@ -204,25 +217,27 @@ def _detach_as_user(point: str, *, lazy: bool) -> None:
         raise OSError(number, reason.removeprefix("fusermount3: "), point)
 
 
-def users(point: str) -> str:
-    """Loop devices and processes that use what is mounted at `point`, as far as can be seen.
-
-    Returns:
-        A list for a message ("/dev/loop0, process 17"); empty if nobody is seen.
-    """
+def users(point: str) -> Users:
+    """Loop devices and processes that use what is mounted at `point`, as far as can be seen."""
     found = []
+    lasting = False
     for device in sorted(os.listdir("/sys/block")):
+        folder = f"/sys/block/{device}/loop"
         try:
-            with open(f"/sys/block/{device}/loop/backing_file", "rb") as file:
+            with open(f"{folder}/backing_file", "rb") as file:
                 backing = os.fsdecode(file.read().rstrip(b"\n"))
+            with open(f"{folder}/autoclear", "rb") as file:
+                going = file.read().strip() == b"1"
         except OSError:  # no loop device, or none that is in use
             continue
         if _is_within(backing, point):
             found.append(f"/dev/{device}")
+            lasting |= not going
     for process in filter(str.isdigit, os.listdir("/proc")):
         if _process_uses(process, point):
             found.append(f"process {process}")
-    return ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
+            lasting = True
+    return Users(", ".join(found[:5]) + (" ..." if len(found) > 5 else ""), lasting)
 
 
 def _process_uses(process: str, point: str) -> bool:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,46 @@ def test_unmounting(both: Both, raw_image: Path, way: str) -> None:
     mounted.wait_for_end()
     assert mount_at(mounted.path) is None
     assert raw_image.read_bytes()[:3] == b"new"
+
+
+@pytest.mark.parametrize("user", ["loop device", "nobody that is seen"])
+def test_unmounting_waits_for_users_who_are_going(
+    mount: MountImage, raw_image: Path, tmp_path: Path, user: str
+) -> None:
+    """As a loop device whose last user has not closed it yet, or who asks for the statistics."""
+    mounted = mount(raw_image)
+    if user == "loop device":
+        device = subprocess.check_output(["losetup", "-f", "--show", "-r", mounted.file], text=True)
+        end = partial(os.close, os.open(device.strip(), os.O_RDONLY))
+        subprocess.run(["losetup", "-d", device.strip()], check=True)
+    else:
+        subprocess.run(["mount", "--bind", raw_image, mounted.file], check=True)
+        end = partial(mounts.detach, str(mounted.file))
+    command = [str(PROGRAM), "umount", str(mounted.path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        waited = process.poll() is None
+        end()
+        _, stderr = process.communicate(timeout=30)
+    assert waited and process.returncode == 0, stderr
+    assert not mounted.is_running()
+
+
+def test_unmounting_is_refused_while_it_is_used(
+    mount: MountImage, raw_image: Path, tmp_path: Path
+) -> None:
+    mounted = mount(raw_image)
+    with mounted.file.open("rb"):
+        done = imagofs("umount", mounted.path, ok=1)
+        assert f"in use by process {os.getpid()}; end that" in done.stderr
+    subprocess.run(["mount", "--bind", raw_image, mounted.file], check=True)
+    try:
+        done = imagofs("umount", mounted.path, ok=1)
+        assert "cannot unmount: in use; end that" in done.stderr
+    finally:
+        subprocess.run(["umount", mounted.file], check=True)
+    mounted.umount()
 
 
 @pytest.mark.parametrize("channel", ["on", "off"])
