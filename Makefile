@@ -1,5 +1,5 @@
 # The two commands that bring along what they need: make demo, make test.
-# PYTHON=python3.12 chooses the interpreter that .venv is made with.
+# make test PYTHON=python3.12 chooses the interpreter that .venv is made with.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

@@ -50,6 +50,7 @@ _OWN = tuple({sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(__file__).p
 _STARTS_A_PROGRAM = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 _REFUSED_EVENTS = (*_STARTS_A_PROGRAM, "socket.connect", "socket.bind")
 
+_libc = ctypes.CDLL(None)
 _watchers: list[Callable[[str, tuple[Any, ...]], None]] = []
 _hooked = False
 
@@ -112,7 +113,7 @@ def bounded(
                 touched.append(f"open {path!r}")
 
     _set_up()
-    gc.collect(1)  # what the case before left would be freed in the body, and hide as much of this
+    _give_back()
     _forget_the_peak()
     before = _status("VmRSS")
     began = time.process_time()
@@ -152,8 +153,14 @@ def _set_up() -> None:
     _hooked = True
     # glibc would let this threshold grow, and keep what was freed: a second peak would not be seen.
     m_mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 18)
+    _libc.mallopt(m_mmap_threshold, 1 << 18)
     sys.addaudithook(_hook)  # never to be removed
+
+
+def _give_back() -> None:
+    """Leave the body no memory of what ran before: freed or used in it, it would hide as much."""
+    gc.collect(1)
+    _libc.malloc_trim(0)
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:

@@ -76,6 +76,16 @@ def test_time_memory_and_files_are_watched(tmp_path: Path):
             pass
 
 
+def test_memory_freed_before_hides_nothing():
+    """malloc keeps it, in the process's size, and would give it out again."""
+    pieces = [bytearray(100 << 10) for _ in range(1000)]
+    above = bytearray(100 << 10)  # else it would go back to the system
+    pieces.clear()
+    with pytest.raises(Finding, match="MiB of memory"), bounded(set):
+        pieces.extend(bytearray(100 << 10) for _ in range(800))
+    del above
+
+
 def test_a_slow_machine_gets_more_time(monkeypatch: pytest.MonkeyPatch):
     assert 1 <= bounds.slowness() <= 10
     monkeypatch.setattr(bounds, "slowness", lambda: 3.0)

@@ -60,7 +60,7 @@ def test_unmounting(both: Both, raw_image: Path, way: str) -> None:
 
 @pytest.mark.parametrize("user", ["loop device", "nobody that is seen"])
 def test_unmounting_waits_for_users_who_are_going(
-    mount: MountImage, raw_image: Path, tmp_path: Path, user: str
+    mount: MountImage, raw_image: Path, user: str
 ) -> None:
     """As a loop device whose last user has not closed it yet, or who asks for the statistics."""
     mounted = mount(raw_image)
@@ -82,9 +82,7 @@ def test_unmounting_waits_for_users_who_are_going(
     assert not mounted.is_running()
 
 
-def test_unmounting_is_refused_while_it_is_used(
-    mount: MountImage, raw_image: Path, tmp_path: Path
-) -> None:
+def test_unmounting_is_refused_while_it_is_used(mount: MountImage, raw_image: Path) -> None:
     mounted = mount(raw_image)
     with mounted.file.open("rb"):
         done = imagofs("umount", mounted.path, ok=1)
