@@ -22,61 +22,65 @@ class Mirror:
     def __init__(self, contents: bytes) -> None:
         self.contents = bytearray(contents)
         self._lock = threading.Condition()
-        self._busy: list[tuple[int, int]] = []
-        #: Writes that no sync covers yet: (offset, data, ended).
-        self._unsynced: list[tuple[int, bytes, bool]] = []
+        self._busy: dict[int, tuple[int, int]] = {}
+        #: Writes that no sync covers yet, by number in the order in which they began.
+        self._unsynced: dict[int, tuple[int, bytes]] = {}
+        #: Those of them that ended.
+        self._ended: set[int] = set()
         #: The contents that a sync covers.
         self.synced = bytearray(contents)
         #: How many writes began, and how many syncs succeeded.
         self.begun = self.syncs = 0
 
-    def begin(self, offset: int, data: bytes) -> None:
-        """Wait until no write in flight overlaps; enter this one."""
+    def begin(self, offset: int, data: bytes) -> int:
+        """Wait until no write in flight overlaps; enter this one, and return its number."""
         end = offset + len(data)
         with self._lock:
-            while any(start < end and offset < stop for start, stop in self._busy):
+            while any(start < end and offset < stop for start, stop in self._busy.values()):
                 self._lock.wait()
-            self._busy.append((offset, end))
-            self.contents[offset:end] = data
-            self._unsynced.append((offset, data, False))
+            number = self.begun
             self.begun += 1
+            self._busy[number] = (offset, end)
+            self._unsynced[number] = (offset, data)
+            self.contents[offset:end] = data
+        return number
 
-    def fail(self, offset: int, data: bytes) -> None:
+    def fail(self, number: int) -> None:
         """A write failed: nobody knows how much of it is there."""
         with self._lock:
-            self._busy.remove((offset, offset + len(data)))
+            del self._busy[number]
             self._lock.notify_all()
 
-    def end(self, offset: int, data: bytes) -> None:
+    def end(self, number: int) -> None:
         """A write returned."""
         with self._lock:
-            self._busy.remove((offset, offset + len(data)))
-            index = next(number for number, entry in enumerate(self._unsynced) if entry[1] is data)
-            self._unsynced[index] = (offset, data, True)
+            del self._busy[number]
+            self._ended.add(number)
             self._lock.notify_all()
 
     def sync(self, file: int) -> None:
         """fsync, and note what it covered."""
         with self._lock:
-            covered = [entry for entry in self._unsynced if entry[2]]
+            covered = sorted(self._ended)
         os.fsync(file)
         with self._lock:
             self.syncs += 1
-            for entry in covered:
-                if entry in self._unsynced:
-                    self.synced[entry[0] : entry[0] + len(entry[1])] = entry[1]
-                    self._unsynced.remove(entry)
+            for number in covered:
+                if number in self._unsynced:  # no other sync was faster
+                    offset, data = self._unsynced.pop(number)
+                    self.synced[offset : offset + len(data)] = data
+            self._ended.difference_update(covered)
 
     def doubt(self) -> None:
         """A sync failed whose lost writes nobody tries again: no later sync covers them."""
         with self._lock:
-            self._unsynced = [(offset, data, False) for offset, data, _ in self._unsynced]
+            self._ended.clear()
 
     def check_after_crash(self, found: bytes) -> None:
         """Each byte is what a sync covered, or what a later write put there."""
         assert len(found) == len(self.synced)
         candidates: dict[int, list[tuple[int, bytes]]] = {}
-        for offset, data, _ in self._unsynced:
+        for offset, data in self._unsynced.values():
             for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
                 candidates.setdefault(sector, []).append((offset, data))
         for sector in range(len(found) // SECTOR):
@@ -137,13 +141,13 @@ def run_writers(
                 offset = rnd.randrange(size - length + 1)
                 start = rnd.randrange(len(pool) - length)
                 data = pool[start : start + length]
-                mirror.begin(offset, data)
+                begun = mirror.begin(offset, data)
                 try:
                     _write_all(fd, data, offset)
                 except BaseException:
-                    mirror.fail(offset, data)
+                    mirror.fail(begun)
                     raise
-                mirror.end(offset, data)
+                mirror.end(begun)
                 if sync_every and turn % sync_every == sync_every - 1:
                     mirror.sync(fd)
         except BaseException as exc:

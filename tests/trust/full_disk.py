@@ -146,22 +146,22 @@ class Writing:
         length = self.rnd.randrange(1, 256) * 512
         offset = self.rnd.randrange((_DISK - length) // 512) * 512
         data = self.rnd.randbytes(length)
-        self.mirror.begin(offset, data)
+        number = self.mirror.begin(offset, data)
         self.count.writes += 1
         try:
             done = os.pwrite(self.fd, data, offset)
         except OSError as error:
             assert may_fail and error.errno == errno.ENOSPC, error
             self.count.failed_writes += 1
-            self.mirror.fail(offset, data)
+            self.mirror.fail(number)
             return False
         if done != length:
             # The kernel sent it as several WRITEs, of which a later one failed.
             assert may_fail and 0 < done < length, done
             self.count.failed_writes += 1
-            self.mirror.fail(offset, data)
+            self.mirror.fail(number)
             return False
-        self.mirror.end(offset, data)
+        self.mirror.end(number)
         return True
 
     def sync(self, *, may_fail: bool) -> bool:
