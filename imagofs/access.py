@@ -349,8 +349,8 @@ class FormatAccess(ReadAccess):
         self._cache.drop_namespace(self._namespace)
 
     async def close(self) -> None:
-        """Wait for the changes in flight, flush and sync; then close every file of the chain, even
-        if that failed or was cancelled.
+        """Wait for the changes in flight, flush and sync; then close every file of the chain and
+        empty its caches, even if that failed or was cancelled.
 
         What is asked meanwhile raises `ClosedError`, and so does a change that a cancelled close
         did not wait for. A layer on which another open image stands stays open.
@@ -372,6 +372,8 @@ class FormatAccess(ReadAccess):
                 try:
                     await self._close_layers()
                 finally:
+                    # The garbage collector may be long in coming to an image that was closed.
+                    self._cache.clear()
                     self._all_closed.set()
 
     async def _close_layers(self) -> None:

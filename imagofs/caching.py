@@ -71,6 +71,10 @@ class MetadataCache:
         self.young.pop(key, None)
         self._old.pop(key, None)
 
+    def clear(self) -> None:
+        """Forget every table."""
+        self.young, self._old, self._young_bytes = {}, {}, 0
+
     def drop_namespace(self, namespace: int) -> None:
         """Forget every table of one namespace."""
         for generation in (self.young, self._old):

@@ -399,6 +399,10 @@ class InflatedCache:
         if len(self._buffers) < _MAX_THREADS and len(buffer) == _BUFFER_BYTES:
             self._buffers.append(buffer)
 
+    def drop_buffers(self) -> None:
+        """Keep no buffers to be used again."""
+        self._buffers.clear()
+
     def _drop_ahead(self, key: int) -> None:
         data = self.ahead.pop(key, None)
         if data is not None:

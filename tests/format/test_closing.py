@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Awaitable, Callable
+import tracemalloc
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from imagofs import (
     StorageError,
     SyncFormatAccess,
     check_image,
+    open_image,
 )
+from tests import qemu
 from tests.support.storages import SlowStorage
 
 MIB = 1 << 20
@@ -150,6 +154,48 @@ async def test_everything_is_closed_though_one_cannot_be(tmp_path: Path) -> None
         await image.close()
     assert [storage.closed for storage in storages] == [True, True, True]
     await image.close()
+
+
+@pytest.fixture
+def traced() -> Iterator[Callable[[], int]]:
+    """Bytes that Python's objects took since, while no garbage is collected."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "options"),
+    [
+        ("qcow2", ["-c", "-o", "cluster_size=512"]),  # many tables
+        ("qcow2", ["-c"]),
+        ("qcow2", ["-c", "-o", "compression_type=zstd"]),
+        ("vmdk", ["-o", "subformat=streamOptimized"]),
+    ],
+)
+async def test_a_closed_image_keeps_no_caches(
+    fmt: str, options: list[str], tmp_path: Path, traced: Callable[[], int]
+) -> None:
+    """The garbage collector may be long in coming to it."""
+    (tmp_path / "flat").write_bytes(DATA[:4000] * (8 * MIB // 4000))
+    image = tmp_path / "image"
+    qemu.qemu_img("convert", "-f", "raw", "-O", fmt, *options, tmp_path / "flat", image)
+
+    async def left_behind() -> int:
+        before = traced()
+        async with await open_image(image) as access:
+            for position in range(0, access.size(), 4096):
+                await access.read(bytearray(min(4096, access.size() - position)), position)
+            assert traced() - before > MIB
+        return traced() - before
+
+    await left_behind()  # among it what is kept for all images
+    assert await left_behind() < MIB
 
 
 def test_threads_that_write_while_one_closes() -> None:

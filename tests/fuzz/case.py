@@ -39,6 +39,7 @@ from tests.fuzz.bounds import (
     RecordingGate,
     Stuck,
     bounded,
+    collect_what_is_large,
 )
 
 __all__ = ["Case", "Outcome", "try_case"]
@@ -161,6 +162,7 @@ class _Run:
 
     async def open(self, *, writable: bool, snapshot: str | None = None) -> FormatAccess | None:
         """Open the image; None if that is refused."""
+        collect_what_is_large()
         try:
             return await open_image(
                 self.image,
@@ -260,11 +262,15 @@ async def _snapshots(run: _Run) -> None:
             _see(error)
             return
     for name in names:
-        access = await run.open(writable=False, snapshot=name)
-        if access is not None:
-            async with access:
-                await _map(access)
-                await _read(access)
+        await _look_at_snapshot(run, name)
+
+
+async def _look_at_snapshot(run: _Run, name: str) -> None:
+    access = await run.open(writable=False, snapshot=name)
+    if access is not None:
+        async with access:
+            await _map(access)
+            await _read(access)
 
 
 async def _check(run: _Run) -> None:

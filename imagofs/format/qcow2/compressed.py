@@ -202,12 +202,14 @@ class CompressedClusters:
         self.forget(0, 1 << 64 - self._cluster_bits)
 
     async def close(self) -> None:
-        """Inflate ahead no more, and return when nothing uses the storage any more."""
+        """Inflate ahead no more, forget all, and return when nothing uses the storage any more."""
         self._closed = True
         for job in self._jobs:
             job.reading.cancel()
         while self._jobs:
             await next(iter(self._jobs)).done.wait()
+        self.forget_all()
+        self._cache.drop_buffers()
 
     # --- what is there ------------------------------------------------------------------------
 

@@ -63,10 +63,14 @@ async def read_header(storage: Storage, *, encrypted_too: bool = False) -> Heade
 
 
 async def _read_table(storage: Storage, host_offset: int, entries: int) -> array[int]:
-    # Piece by piece: a table of 32 MiB is not to be there twice.
-    table, end = array("Q"), host_offset + entries * 8
-    for position in range(host_offset, end, _PIECE):
-        table += from_big_endian(await storage.read_table(min(_PIECE, end - position), position))
+    # Piece by piece into its place: a table of 32 MiB is not to be there twice, and might be while
+    # an array grows.
+    table, end = array("Q", [0]) * entries, host_offset + entries * 8
+    with memoryview(table) as view:
+        for position in range(host_offset, end, _PIECE):
+            data = await storage.read_table(min(_PIECE, end - position), position)
+            first = position - host_offset >> 3
+            view[first : first + (len(data) >> 3)] = from_big_endian(data)
     return table
 
 

@@ -375,6 +375,8 @@ class Vmdk(FormatDriver):
         self._changed(0, max(self._size, 1))
 
     async def close(self) -> None:
+        for extent in self.extents:
+            extent.forget()
         await close_all(self._storages)
 
 

@@ -85,6 +85,9 @@ class Extent(ABC):
         """
         raise UnsupportedError("the extent has no special ranges")
 
+    def forget(self) -> None:
+        """Forget what was inflated."""
+
     def refresh(self) -> None:
         """Forget what was read from the storage, which others may have changed.
 

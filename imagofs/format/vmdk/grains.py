@@ -110,9 +110,12 @@ class SparseExtent(Extent):
         """Whether grains are deflated."""
         return self.header.compressed
 
+    def forget(self) -> None:
+        self._deflated.forget()
+
     def refresh(self) -> None:
         self._cache.drop_namespace(self._namespace)
-        self._deflated.forget()
+        self.forget()
         self._storage_size = self.storage.size()
         directory_bytes = self.header.directory_entries * ENTRY_BYTES
         for what, end in (
