@@ -50,6 +50,7 @@ case $FOLDER:$IMAGOFS in
 /tmp/* | *:/tmp/*) ;; # it would hide what the tests need
 *) mount -t tmpfs -o mode=1777 tmpfs /tmp ;;
 esac
+mount -t tmpfs tmpfs /sys/fs/cgroup # the kernel refuses to mount cgroup2 right upon cgroup2
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount --bind /dev/null /dev/console
 rm -rf /etc/systemd /etc/imagofs
