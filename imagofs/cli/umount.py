@@ -9,13 +9,15 @@ from typing import Final
 from ..errors import StorageError
 from ..fuse import mounts
 from ..fuse.control import Connection, EndedEarly
-from . import Parser
+from . import Parser, report
 
 __all__ = ["clear_stale", "main", "unmount"]
 
 #: How long to wait for users of whom none is seen to stay: somebody may just be asking for the
 #: statistics, or a loop device be on its way out.
 _PASSING_SECONDS: Final = 2.0
+#: How long to wait before it is said who has a copy of the mount.
+_SILENT_SECONDS: Final = 2.0
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +51,8 @@ def main(arguments: list[str]) -> int:
 def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
     """Unmount what imagofs mounted at `mountpoint`; wait for its daemon unless `lazy`.
 
-    Users who are about to go are waited for, 2 s at most.
+    Users who are about to go are waited for, 2 s at most. Another mount namespace that has a copy
+    of the mount is waited for as long as it has; stderr then says whose it is.
 
     Args:
         mountpoint: Where it is mounted.
@@ -83,6 +86,13 @@ def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None
             _detach(point, lazy=lazy)
             if lazy or elsewhere:
                 return
+        if not connection.ends_within(_SILENT_SECONDS):
+            holders = mounts.other_namespaces(mount.device)
+            if holders:
+                report(
+                    f"{point}: unmounted here, but still mounted in the mount namespace of "
+                    f"{holders}; waiting until that is gone"
+                )
         try:
             lost = connection.wait()
         except EndedEarly:

@@ -210,6 +210,10 @@ class Connection:
                     raise
             time.sleep(0.01)
 
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for the daemon's end, but no longer; returns whether it has ended."""
+        return bool(select.select([self._process_fd], [], [], seconds)[0])
+
     def wait(self) -> str:
         """Wait until the daemon has ended.
 

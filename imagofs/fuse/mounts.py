@@ -25,6 +25,7 @@ __all__ = [
     "is_dead",
     "keep_table_open",
     "mounts",
+    "other_namespaces",
     "real_path",
     "sever",
     "users",
@@ -237,7 +238,36 @@ def users(point: str) -> Users:
         if _process_uses(process, point):
             found.append(f"process {process}")
             lasting = True
-    return Users(", ".join(found[:5]) + (" ..." if len(found) > 5 else ""), lasting)
+    return Users(_listed(found), lasting)
+
+
+def other_namespaces(device: str) -> str:
+    """In whose mount namespaces, other than this process's, a file system is mounted.
+
+    Args:
+        device: "major:minor" of the file system.
+
+    Returns:
+        A process of each, as a list for a message ("process 17"), as far as can be seen.
+    """
+    seen = {os.stat("/proc/self/ns/mnt").st_ino}
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            namespace = os.stat(f"/proc/{process}/ns/mnt").st_ino
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            with open(f"/proc/{process}/mountinfo", "rb") as table:
+                if any(_parse(line).device == device for line in table):
+                    found.append(f"process {process}")
+        except OSError:  # another user's, or gone
+            continue
+    return _listed(found)
+
+
+def _listed(found: list[str]) -> str:
+    return ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
 
 
 def _process_uses(process: str, point: str) -> bool:

@@ -82,6 +82,29 @@ def test_unmounting_waits_for_users_who_are_going(
     assert not mounted.is_running()
 
 
+def test_unmounting_waits_for_copies_in_other_namespaces(
+    mount: MountImage, raw_image: Path
+) -> None:
+    """They keep the file system, and so the daemon, alive; who waits is told why."""
+    mounted = mount(raw_image)
+    command = [str(PROGRAM), "umount", str(mounted.path)]
+    with subprocess.Popen(["unshare", "--mount", "sleep", "60"]) as holder:
+        try:
+            own = os.readlink("/proc/self/ns/mnt")
+            wait_until(lambda: os.readlink(f"/proc/{holder.pid}/ns/mnt") != own)
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+                assert process.stderr is not None
+                said = process.stderr.readline()
+                assert process.poll() is None and mounted.is_running()
+                assert mount_at(mounted.path) is None
+                holder.kill()
+                assert process.wait(20) == 0
+        finally:
+            holder.kill()
+    assert f"still mounted in the mount namespace of process {holder.pid};" in said
+    assert not mounted.is_running()
+
+
 def test_unmounting_is_refused_while_it_is_used(mount: MountImage, raw_image: Path) -> None:
     mounted = mount(raw_image)
     with mounted.file.open("rb"):
