@@ -86,13 +86,8 @@ def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None
             _detach(point, lazy=lazy)
             if lazy or elsewhere:
                 return
-        if not connection.ends_within(_SILENT_SECONDS):
-            holders = mounts.other_namespaces(mount.device)
-            if holders:
-                report(
-                    f"{point}: unmounted here, but still mounted in the mount namespace of "
-                    f"{holders}; waiting until that is gone"
-                )
+            if not connection.ends_within(_SILENT_SECONDS):
+                _tell_who_holds(point, mount.device)
         try:
             lost = connection.wait()
         except EndedEarly:
@@ -114,6 +109,15 @@ def clear_stale(mountpoint: str) -> None:
     mount = mounts.find_at(point)
     if mount is not None and mount.fstype == mounts.FSTYPE and mounts.is_dead(point):
         _detach(point, lazy=True)
+
+
+def _tell_who_holds(point: str, device: str) -> None:
+    holders = mounts.other_namespaces(device)
+    if holders:
+        report(
+            f"{point}: unmounted here, but still mounted in the mount namespace of {holders}; "
+            f"waiting until that is gone"
+        )
 
 
 def _detach(point: str, *, lazy: bool) -> None:

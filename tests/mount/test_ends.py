@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -98,10 +99,11 @@ def test_unmounting_waits_for_copies_in_other_namespaces(
                 assert process.poll() is None and mounted.is_running()
                 assert mount_at(mounted.path) is None
                 holder.kill()
-                assert process.wait(20) == 0
+                assert process.wait(60) == 0  # other tests have namespaces too, for a while
         finally:
             holder.kill()
-    assert f"still mounted in the mount namespace of process {holder.pid};" in said
+    assert "still mounted in the mount namespace of" in said
+    assert re.search(rf"process {holder.pid}\b", said)
     assert not mounted.is_running()
 
 
