@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from .arguments import path_of
 from .cli.options import MountOptions
 from .errors import ImagofsError, OutOfRangeError, StorageError, UnsupportedError
-from .fuse import mounts
+from .fuse import mounts, utab
 from .fuse.mountpoint import prepare_mountpoint, take_turn
 from .logs import log_to_stderr, log_to_syslog
 from .notify import Notifier
@@ -287,10 +287,7 @@ class _Daemon:
                         nursery.start_soon(metrics_socket.serve, listener, session.metrics)
 
                     def announce() -> None:
-                        ready()
-                        what = f"{access.format_name}, {'rw' if self.options.writable else 'ro'}"
-                        log.info("%s: mounted %s (%s)", self.point, self.image, what)
-                        self.notifier.tell(READY="1", STATUS=f"mounted {self.image} ({what})")
+                        nursery.start_soon(self._announce, helper, access.format_name, ready)
 
                     def give_up_name() -> None:
                         if control is not None:
@@ -453,6 +450,22 @@ class _Daemon:
             reason = error.strerror or error
             log.warning("%s: cannot listen for who asks for metrics: %s", metrics.path, reason)
             return None
+
+    async def _announce(self, helper: Helper, kind: str, ready: Callable[[], None]) -> None:
+        """Say that the mount answers, to umount(8) first."""
+        import trio
+
+        if utab.is_wanted():
+            # Even if it has just ended: somebody waits for `ready`.
+            with trio.CancelScope(shield=True):
+                try:
+                    await trio.to_thread.run_sync(helper.enter, self.point)
+                except OSError as error:
+                    log.debug("%s: umount(8) is not told: %s", self.point, error)
+        ready()
+        what = f"{kind}, {'rw' if self.options.writable else 'ro'}"
+        log.info("%s: mounted %s (%s)", self.point, self.image, what)
+        self.notifier.tell(READY="1", STATUS=f"mounted {self.image} ({what})")
 
     async def _obey(
         self,

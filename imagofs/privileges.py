@@ -1,8 +1,8 @@
 """The helper that keeps the rights which the daemon gives up, and running as another user.
 
 Once the disk is mounted the daemon may be another user, and it may not open files, run programs or
-unmount any more (`confining.py`). A few things remain to be done at its end that need such rights.
-So before all that a child is forked that does these and nothing else: it is asked over a socket,
+unmount any more (`confining.py`). A few things remain that need such rights, most at its end. So
+before all that a child is forked that does these and nothing else: it is asked over a socket,
 touches no mount but the daemon's own, and ends with it.
 """
 
@@ -17,7 +17,7 @@ import struct
 import threading
 
 from .errors import StorageError
-from .fuse import mounts
+from .fuse import mounts, unmounting, utab
 
 __all__ = ["Helper", "become", "keep_capabilities"]
 
@@ -58,6 +58,14 @@ class Helper:
             remove: Once the daemon has ended, however it ends, the file is to be removed.
         """
         self._ask(b"W" if remove else b"w", device)
+
+    def enter(self, point: str) -> None:
+        """Let umount(8) know of the daemon's mount at `point`, which is served meanwhile.
+
+        Raises:
+            OSError: Another mount is there.
+        """
+        self._ask(b"e", point)
 
     def detach(self, point: str) -> None:
         """Unmount the daemon's mount at `point`, even while it is used.
@@ -146,7 +154,11 @@ def _check_mount(point: str, device: str) -> None:
 
 def _do(what: bytes, point: str) -> str:
     if what == b"d":
-        mounts.detach(point)
+        unmounting.detach(point)
+    elif what == b"e":
+        mount = mounts.find_at(point)
+        if mount is not None and not os.geteuid():
+            utab.enter(mount)
     elif what == b"s":
         return "yes" if mounts.is_dead(point) else ""
     elif what == b"u":

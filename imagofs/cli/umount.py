@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 from ..errors import StorageError
-from ..fuse import mounts
+from ..fuse import mounts, unmounting
 from ..fuse.control import Connection, EndedEarly
 from . import Parser, report
 
@@ -81,7 +81,7 @@ def unmount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None
     elsewhere = len(mounts.find_device(mount.device)) > 1
     with connection:
         if force:
-            mounts.sever(point)  # the daemon takes away what is mounted then
+            unmounting.sever(point)  # the daemon takes away what is mounted then
         else:
             _detach(point, lazy=lazy)
             if lazy or elsewhere:
@@ -124,7 +124,7 @@ def _detach(point: str, *, lazy: bool) -> None:
     deadline = time.monotonic() + _PASSING_SECONDS
     while True:
         try:
-            return mounts.detach(point, lazy=lazy)
+            return unmounting.detach(point, lazy=lazy)
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno == errno.EBUSY:

@@ -13,6 +13,7 @@ from typing import Final
 
 from ..errors import StorageError
 from . import mounts
+from .unmounting import detach
 
 __all__ = ["prepare_mountpoint", "take_turn"]
 
@@ -43,7 +44,7 @@ def prepare_mountpoint(point: str, *, make: int | None = None) -> bool:
                     error=errno.EBUSY,
                     filename=point,
                 )
-            mounts.detach(point)
+            detach(point)
             log.warning("%s: cleared what a daemon that is gone had left mounted", point)
         if make is not None and not os.path.lexists(point):
             os.makedirs(os.path.dirname(point), exist_ok=True)

@@ -1,4 +1,4 @@
-"""The kernel's table of mounts, and taking one away.
+"""The kernel's table of mounts, and who uses one.
 
 Nothing here touches a mountpoint itself, so that nothing waits for a daemon that does not answer;
 only `is_dead` asks one, in a process of its own and with a time limit.
@@ -19,7 +19,6 @@ __all__ = [
     "FSTYPE",
     "Mount",
     "Users",
-    "detach",
     "find_at",
     "find_device",
     "is_dead",
@@ -27,16 +26,13 @@ __all__ = [
     "mounts",
     "other_namespaces",
     "real_path",
-    "sever",
+    "unescape",
     "users",
 ]
 
 #: The type that mount(8) shows for a mount of ours.
 FSTYPE: Final = "fuse.imagofs"
 
-_MNT_FORCE = 1
-_MNT_DETACH = 2
-_UMOUNT_NOFOLLOW = 8
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -99,14 +95,15 @@ def _parse(line: bytes) -> Mount:
     owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
     return Mount(
         fields[2].decode(),
-        _unescape(fields[4]),
-        _unescape(fstype),
-        _unescape(source),
+        unescape(fields[4]),
+        unescape(fstype),
+        unescape(source),
         int(owner[1]) if owner else -1,
     )
 
 
-def _unescape(field: bytes) -> str:
+def unescape(field: bytes) -> str:
+    """A field of such a table: blanks and the like are written as three octal digits in it."""
     return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
 
 
@@ -160,62 +157,6 @@ def is_dead(point: str, *, seconds: float = 5.0) -> bool:
             os.kill(child, signal.SIGKILL)
             return False
         time.sleep(0.002)
-
-
-def detach(point: str, *, lazy: bool = True) -> None:
-    """Unmount what is mounted at `point`; `lazy`: even while it is used.
-
-    May wait until the daemon has written what the kernel still holds. An ordinary user unmounts
-    with the help of fusermount3.
-
-    Raises:
-        OSError: EBUSY if it is in use, EPERM if this user may not.
-    """
-    import ctypes  # trio brings it along anyway; `imagofs umount` is the one who pays
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not libc.umount2(os.fsencode(point), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)):
-        return
-    number = ctypes.get_errno()
-    if number != errno.EPERM:
-        raise OSError(number, os.strerror(number), point)
-    _detach_as_user(point, lazy=lazy)
-
-
-def sever(point: str) -> None:
-    """Break the connection between the mount at `point` and its daemon, as `umount -f`.
-
-    Raises:
-        OSError: EPERM if this user may not.
-    """
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(point), _UMOUNT_NOFOLLOW | _MNT_FORCE):
-        number = ctypes.get_errno()
-        if number != errno.EBUSY:  # the connection is severed all the same
-            raise OSError(number, os.strerror(number), point)
-
-
-def _detach_as_user(point: str, *, lazy: bool) -> None:
-    import subprocess
-
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", point]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except FileNotFoundError:
-        raise OSError(
-            errno.EPERM, "only root may unmount without fusermount3 (package fuse3)", point
-        ) from None
-    if done.returncode:
-        reason = " ".join(os.fsdecode(done.stderr).split()) or f"exit code {done.returncode}"
-        number = errno.EBUSY if "busy" in reason.lower() else errno.EPERM
-        raise OSError(number, reason.removeprefix("fusermount3: "), point)
 
 
 def users(point: str) -> Users:

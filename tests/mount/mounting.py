@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from imagofs.fuse import mounts
+from imagofs.fuse import mounts, unmounting
 from imagofs.fuse.control import Connection
 
 PROGRAM = Path(sys.executable).with_name("imagofs")
@@ -97,7 +97,7 @@ class Mounted:
         if self._process_fd < 0:
             return
         while (mount := mount_at(self.path)) is not None and mount.fstype == "fuse.imagofs":
-            mounts.detach(str(self.path))
+            unmounting.detach(str(self.path))
         if not select.select([self._process_fd], [], [], 10)[0]:
             signal.pidfd_send_signal(self._process_fd, signal.SIGKILL)
             self.wait_for_end()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from imagofs.fuse import mounts
+from imagofs.fuse import unmounting
 from tests.mount.conftest import random_bytes
 from tests.mount.mounting import Mounted, MountImage, mount_at, wait_until
 
@@ -63,7 +63,7 @@ class Moody:
                 pass
             self.fd = -1
         if mount_at(self.point) is not None:
-            mounts.detach(str(self.point))
+            unmounting.detach(str(self.point))
         _, logged = self.process.communicate(timeout=20)
         return self.process.returncode, logged
 

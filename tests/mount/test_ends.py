@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imagofs.fuse import mounts
+from imagofs.fuse import mounts, unmounting
 from imagofs.fuse.control import Connection, ControlSocket
 from tests.mount.mounting import (
     PROGRAM,
@@ -42,7 +42,7 @@ def in_foreground(image: Path, point: Path, *options: str) -> Iterator[subproces
             if process.poll() is None:
                 process.kill()
             if mount_at(point) is not None:
-                mounts.detach(str(point))
+                unmounting.detach(str(point))
 
 
 @pytest.mark.parametrize("way", ["umount", "fusermount3 -u", "lazy"])
@@ -71,7 +71,7 @@ def test_unmounting_waits_for_users_who_are_going(
         subprocess.run(["losetup", "-d", device.strip()], check=True)
     else:
         subprocess.run(["mount", "--bind", raw_image, mounted.file], check=True)
-        end = partial(mounts.detach, str(mounted.file))
+        end = partial(unmounting.detach, str(mounted.file))
     command = [str(PROGRAM), "umount", str(mounted.path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         with suppress(subprocess.TimeoutExpired):
@@ -213,7 +213,7 @@ def stopped_without_its_mount(both: Both, image: Path) -> Iterator[Mounted]:
     stopped = both(image)
     stopped.signal(signal.SIGSTOP)
     try:
-        mounts.detach(str(stopped.path))
+        unmounting.detach(str(stopped.path))
         yield stopped
     finally:
         stopped.signal(signal.SIGCONT)

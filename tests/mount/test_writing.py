@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imagofs.fuse import mounts
+from imagofs.fuse import unmounting
 from tests import qemu
 from tests.conftest import NewImage
 from tests.mount.conftest import random_bytes
@@ -234,4 +234,4 @@ def test_lost_data_are_told_to_who_unmounts(tmp_path: Path, raw_image: Path) -> 
         finally:
             process.kill()
             if mount_at(point) is not None:
-                mounts.detach(str(point))
+                unmounting.detach(str(point))

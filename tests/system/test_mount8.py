@@ -176,6 +176,99 @@ def test_umount_waits_for_the_daemon(image: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "mount",
+    [
+        '"$IMAGOFS" disk.qcow2 "the mnt" -o rw',
+        '"$IMAGOFS" disk.qcow2 "the mnt" -o setuid=nobody,fsname=other',
+        'mount -t imagofs disk.qcow2 "the mnt"',
+        'mount -t imagofs disk.qcow2 "the mnt" -o _netdev,x-mine',
+    ],
+    ids=["imagofs", "setuid", "mount8", "options"],
+)
+def test_umount_waits_given_an_absolute_path(image: Path, tmp_path: Path, mount: str) -> None:
+    """As systemd and careful people give it: umount(8) has its own way to learn the type then."""
+    succeeds(
+        f"""
+        mkdir "the mnt"
+        {mount}
+        daemon=$(pgrep -x imagofs)
+        kill -STOP "$daemon"
+        umount "$PWD/the mnt" &
+        sleep 0.5
+        kill -0 $!
+        kill -CONT "$daemon"
+        wait $!
+        no kill -0 "$daemon" 2>/dev/null
+        no grep . /run/mount/utab
+        """,
+        tmp_path,
+    )
+
+
+def test_table_of_umount(image: Path, tmp_path: Path) -> None:
+    """However a mount ends, nothing of it stays in the table, and nobody else's line is touched."""
+    output = succeeds(
+        """
+        mkdir mnt other
+        table() { sed "s#$PWD/##g" /run/mount/utab; }
+        mount -t tmpfs -o x-theirs tmpfs other
+        theirs=$(table)
+        mount -t imagofs disk.qcow2 mnt -o x-mine
+        table
+        mount -o remount,ro mnt
+        "$IMAGOFS" umount mnt
+        test "$(table)" = "$theirs"
+        "$IMAGOFS" disk.qcow2 mnt
+        pkill -x imagofs
+        while pgrep -x imagofs >/dev/null; do sleep 0.02; done
+        test "$(table)" = "$theirs"
+        "$IMAGOFS" disk.qcow2 mnt
+        pkill -KILL -x imagofs
+        while pgrep -x imagofs >/dev/null; do sleep 0.02; done
+        "$IMAGOFS" disk.qcow2 mnt 2>/dev/null
+        test "$(table | wc -l)" -eq 2
+        umount -i mnt
+        test "$(table)" = "$theirs"
+        while pgrep -x imagofs >/dev/null; do sleep 0.02; done
+        "$IMAGOFS" disk.qcow2 mnt
+        umount -f "$PWD/mnt"
+        test "$(table)" = "$theirs"
+        mount -t tmpfs -o x-theirs tmpfs mnt
+        "$IMAGOFS" disk.qcow2 mnt
+        "$IMAGOFS" umount mnt
+        table
+        """,
+        tmp_path,
+    )
+    theirs = "SRC=tmpfs TARGET=other ROOT=/ OPTS=x-theirs"
+    assert output.splitlines() == [
+        theirs,
+        "SRC=imagofs TARGET=mnt ROOT=/ OPTS=x-imagofs",
+        "SRC=disk.qcow2 TARGET=mnt ROOT=/ OPTS=x-mine",
+        theirs,
+        "SRC=tmpfs TARGET=mnt ROOT=/ OPTS=x-theirs",
+    ]
+
+
+def test_a_table_that_cannot_be_written(image: Path, tmp_path: Path) -> None:
+    """The mount is there all the same, and without the helpers the table is left alone."""
+    succeeds(
+        """
+        mkdir mnt
+        touch /run/mount
+        "$IMAGOFS" disk.qcow2 mnt
+        umount mnt
+        rm /run/mount
+        rm /sbin/umount.fuse.imagofs
+        "$IMAGOFS" disk.qcow2 mnt
+        no test -e /run/mount
+        "$IMAGOFS" umount mnt
+        """,
+        tmp_path,
+    )
+
+
 def test_ways_of_umount(image: Path, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     done = in_namespaces(
@@ -192,7 +285,7 @@ def test_ways_of_umount(image: Path, tmp_path: Path) -> None:
         no findmnt mnt
         cmp -n 1 <(printf '\\7') - <&5
         exec 5<&-
-        while pgrep -x imagofs; do sleep 0.02; done
+        while pgrep -x imagofs >/dev/null; do sleep 0.02; done
         mount -t imagofs disk.qcow2 mnt
         exec 5<mnt/disk.raw
         umount -f mnt

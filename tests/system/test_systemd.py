@@ -297,6 +297,44 @@ def test_mount_unit_and_automount(machine: Machine, folder: Path) -> None:
     machine.sh("if pgrep -f '[m]ount.imagofs .*/mnt/vm'; then exit 1; fi")
 
 
+def test_mount_unit_without_options(machine: Machine, folder: Path) -> None:
+    """Its stop waits for the daemon, whatever mount(8) notes down of the mount or does not."""
+    image = qemu.create(folder / "bare.qcow2", "1M")
+    unit = f"[Mount]\nWhat={image}\nWhere=/mnt/bare\nType=imagofs\n"
+    (machine.units / "mnt-bare.mount").write_text(unit)
+    machine.systemctl("daemon-reload")
+    machine.systemctl("start", "mnt-bare.mount")
+    daemon = machine.sh("pgrep -f '[m]ount.imagofs .*/mnt/bare' | head -n 1").strip()
+    machine.sh(
+        f"printf data | dd of=/mnt/bare/bare.raw conv=notrunc status=none; kill -STOP {daemon}"
+    )
+    machine.systemctl("stop", "--no-block", "mnt-bare.mount")
+    machine.wait_for("mnt-bare.mount", "ActiveState", "deactivating")
+    machine.sh(f"sleep 0.5; kill -0 {daemon}")
+    assert machine.show("mnt-bare.mount", "ActiveState") == "deactivating"
+    machine.sh(f"kill -CONT {daemon}")
+    machine.wait_for("mnt-bare.mount", "ActiveState", "inactive")
+    machine.sh(f"if kill -0 {daemon}; then exit 1; fi")
+    assert machine.show("mnt-bare.mount", "Result") == "success"
+    assert qemu.contents(image)[:4] == b"data"
+
+
+def test_umount_of_a_service(machine: Machine, folder: Path) -> None:
+    """The hardened daemon tells umount(8) of its mount, and of its end."""
+    name = name_of("umount", folder)
+    unit, point = f"imagofs@{name}.service", f"/run/imagofs/{name}"
+    machine.configure(name, IMAGE=qemu.create(folder / "umount.qcow2", "1M"), OPTIONS="rw")
+    machine.systemctl("start", unit)
+    daemon = machine.show(unit, "MainPID")
+    machine.sh(f"umount {point}; if kill -0 {daemon}; then exit 1; fi")
+    machine.wait_for(unit, "ActiveState", "inactive")
+    machine.systemctl("start", unit)
+    machine.sh(f"grep -F TARGET={point} /run/mount/utab")
+    machine.systemctl("stop", unit)
+    machine.sh(f"if grep -F TARGET={point} /run/mount/utab; then exit 1; fi")
+    assert is_calm(machine.journal(unit))
+
+
 def test_shutdown(folder: Path, tmp_path: Path) -> None:
     """With everything up and a file system being written to: all is there afterwards."""
     name = name_of("shut", folder)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagofs.fuse import mounts
+from imagofs.fuse import unmounting
 from tests import qemu
 from tests.mount.load import Mirror
 from tests.mount.mounting import Mounted, imagofs, mounting
@@ -251,7 +251,7 @@ def try_kill(kind: Kind, seed: int, folder: Path) -> Count:
         finally:
             with suppress(OSError):
                 writing.close()
-        mounts.detach(str(point))
+        unmounting.detach(str(point))
         ballast.unlink()
         qemu.check(image, leaks=True)
         writing.mirror.check_after_crash(qemu.contents(image))

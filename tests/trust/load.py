@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagofs.fuse import mounts
+from imagofs.fuse import unmounting
 from tests import qemu
 from tests.mount.mounting import PROGRAM, imagofs, mount_at, wait_until
 
@@ -216,7 +216,7 @@ class Load:
         self.process.kill()
         self.process.wait()
         if mount_at(self.point) is not None:
-            mounts.detach(str(self.point))
+            unmounting.detach(str(self.point))
         with suppress(OSError):
             self._log.close()
 
