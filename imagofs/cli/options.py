@@ -16,7 +16,8 @@ __all__ = ["Metrics", "MountOptions", "OptionError", "parse_options", "split_opt
 
 #: Passed on to the kernel as they are; of two that contradict each other the later one counts.
 _KERNEL: Final = {
-    **{prefix + name: name for name in ("suid", "dev", "exec", "atime") for prefix in ("", "no")},
+    **{prefix + name: name for name in ("suid", "dev", "exec") for prefix in ("", "no")},
+    "noatime": "atime",
     "sync": "sync",
     "async": "sync",
     "dirsync": "dirsync",
@@ -163,6 +164,8 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
             raise OptionError(f"option {name!r} needs a value: {name}=...")
         elif name in _FLAGS:
             raise OptionError(f"option {name!r} takes no value")
+        elif option == "atime":
+            kernel.pop(option, None)  # the default, whose name not every libfuse knows
         elif option in _KERNEL:
             kernel[_KERNEL[option]] = option
         elif name.lower() == "x-mount.mkdir":

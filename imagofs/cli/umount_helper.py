@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
             if not words.read_only or error.errno != errno.EBUSY:
                 raise
             report(f"{words.target} is used: remounting it read-only")
-            return subprocess.run(["mount", "-i", "-o", "remount,ro", words.target]).returncode
+            # By way of mount.fuse.imagofs: the way by which newer kernels remount is not FUSE's.
+            return subprocess.run(["mount", "-o", "remount,ro", words.target]).returncode
         return 0
 
     return guarded(act)

@@ -124,6 +124,8 @@ def test_options() -> None:
     assert parse_options(["defaults,nofail,noauto,_netdev,x-gvfs-hide,comment=y"]) == MountOptions()
     kernel = parse_options(["nosuid,relatime,noexec,suid", "async"]).kernel
     assert kernel == ("suid", "noexec", "async")
+    assert parse_options(["noatime"]).kernel == ("noatime",)
+    assert parse_options(["noatime,atime"]).kernel == ()  # some libfuse know no `atime`
     assert parse_options([",,ro,"]) == MountOptions()
     assert parse_options(["X-mount.mkdir"]).mkdir == 0o755
     assert parse_options(["x-mount.mkdir=0700"]).mkdir == 0o700

@@ -211,7 +211,7 @@ def test_table_of_umount(image: Path, tmp_path: Path) -> None:
     output = succeeds(
         """
         mkdir mnt other
-        table() { sed "s#$PWD/##g" /run/mount/utab; }
+        table() { sed "s#$PWD/##g; s/^ID=[0-9]* //" /run/mount/utab; }
         mount -t tmpfs -o x-theirs tmpfs other
         theirs=$(table)
         mount -t imagofs disk.qcow2 mnt -o x-mine
@@ -262,7 +262,7 @@ def test_a_table_that_cannot_be_written(image: Path, tmp_path: Path) -> None:
         rm /run/mount
         rm /sbin/umount.fuse.imagofs
         "$IMAGOFS" disk.qcow2 mnt
-        no test -e /run/mount
+        no grep . /run/mount/utab 2>/dev/null
         "$IMAGOFS" umount mnt
         """,
         tmp_path,
