@@ -19,6 +19,7 @@ __all__ = [
     "FSTYPE",
     "Mount",
     "Users",
+    "exit_code_within",
     "find_at",
     "find_device",
     "is_dead",
@@ -148,14 +149,19 @@ def is_dead(point: str, *, seconds: float = 5.0) -> bool:
         except OSError as error:
             code = 1 if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) else 0
         os._exit(code)
+    return exit_code_within(seconds, child) == 1
+
+
+def exit_code_within(seconds: float, child: int) -> int | None:
+    """The exit code of a child process; None if it took longer, and was killed."""
     deadline = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status) == 1
+            return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            return False
+            os.kill(child, signal.SIGKILL)  # it may take long to end even so
+            return None
         time.sleep(0.002)
 
 
