@@ -7,6 +7,7 @@ import threading
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
@@ -178,20 +179,25 @@ def traced() -> Iterator[Callable[[], int]]:
         ("vmdk", ["-o", "subformat=streamOptimized"]),
     ],
 )
+@pytest.mark.parametrize("order", ["sequential", "mixed"])
 async def test_a_closed_image_keeps_no_caches(
-    fmt: str, options: list[str], tmp_path: Path, traced: Callable[[], int]
+    fmt: str, options: list[str], order: str, tmp_path: Path, traced: Callable[[], int]
 ) -> None:
     """The garbage collector may be long in coming to it."""
-    (tmp_path / "flat").write_bytes(DATA[:4000] * (8 * MIB // 4000))
+    (tmp_path / "flat").write_bytes(DATA[:4000] * (4 * MIB // 4000))
     image = tmp_path / "image"
     qemu.qemu_img("convert", "-f", "raw", "-O", fmt, *options, tmp_path / "flat", image)
 
     async def left_behind() -> int:
         before = traced()
         async with await open_image(image) as access:
-            for position in range(0, access.size(), 4096):
+            positions = list(range(0, access.size(), 4096))
+            if order == "mixed":
+                Random(1).shuffle(positions)
+            for position in positions:
                 await access.read(bytearray(min(4096, access.size() - position)), position)
-            assert traced() - before > MIB
+            # What is inflated ahead may be in memory of the library's, which is not traced.
+            assert order == "sequential" or traced() - before > MIB
         return traced() - before
 
     await left_behind()  # among it what is kept for all images
