@@ -100,11 +100,21 @@ def create(
     return path
 
 
-def info(image: Path, fmt: str | None = None) -> dict[str, Any]:
-    """What `qemu-img info --output=json` says, without taking a lock."""
+def info(image: Path | str, fmt: str | None = None) -> dict[str, Any]:
+    """What `qemu-img info --output=json` says of an image, without taking a lock."""
     words = ["-f", fmt] if fmt else []
-    result: dict[str, Any] = json.loads(qemu_img("info", "-U", "--output=json", *words, image))
-    return result
+    return _of_the_image(json.loads(qemu_img("info", "-U", "--output=json", *words, image)))
+
+
+def chain_info(image: Path | str) -> list[dict[str, Any]]:
+    """The same of each image of a chain, the top one first."""
+    words = ["info", "-U", "--output=json", "--backing-chain"]
+    return [_of_the_image(found) for found in json.loads(qemu_img(*words, image))]
+
+
+def _of_the_image(found: dict[str, Any]) -> dict[str, Any]:
+    found.pop("children", None)  # newer ones tell of the layers below the format too
+    return found
 
 
 def contents(image: Path, fmt: str = "qcow2") -> bytes:

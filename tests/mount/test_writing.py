@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imagofs.fuse import unmounting
+from imagofs.fuse import client, unmounting
 from tests import qemu
 from tests.conftest import NewImage
 from tests.mount.conftest import random_bytes
@@ -165,11 +165,11 @@ def test_read_only(both: Both, new_image: NewImage) -> None:
 
 
 def test_remount_does_not_get_past_read_only(both: Both, new_image: NewImage) -> None:
-    """`mount -i -o remount,rw` lifts the kernel's own refusal; the daemon's stays."""
+    """Remounting lifts the kernel's own refusal; the daemon's stays."""
     image = new_image("1M", writes=["write -P 1 0 1M"])
     before = image.read_bytes()
     mounted = both(image)
-    subprocess.run(["mount", "-i", "-o", "remount,rw", mounted.path], check=True)
+    client.remount(str(mounted.path), 0)
     libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open(mounted.file, os.O_RDONLY)
     attempts: list[Callable[[], object]] = [
