@@ -309,7 +309,8 @@ class Channel:
         start = self._start
         match opcode:
             case protocol.FLUSH:
-                start(unique, ("flush",), 0, self._flush)
+                (handle,) = protocol.FLUSH_IN.unpack_from(request, body)
+                start(unique, ("flush",), 0, self._flush, handle)
             case protocol.FSYNC:
                 start(unique, ("sync",), 0, self._sync)
             case protocol.LSEEK:
@@ -427,8 +428,8 @@ class Channel:
             if taken is not None:
                 self._requests.give_back(taken)
 
-    async def _flush(self, unique: int) -> None:
-        await self._disk.flush()
+    async def _flush(self, unique: int, handle: int) -> None:
+        await self._disk.flush(handle)
         self._done(error_reply(unique, 0))
 
     async def _sync(self, unique: int) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from ..errors import ImagofsError
 from ..mapping import RawMapping, ZeroMapping
 from .errors import Refusal
 
@@ -163,10 +164,19 @@ class Disk:
             self._write_ended.unpark_all()
         return length
 
-    async def flush(self) -> None:
-        """What close(2) waits for: everything is in the image file, metadata included."""
-        if self.writable:
+    async def flush(self, handle: int) -> None:
+        """What close(2) of a handle waits for: everything is in the image file, metadata included.
+
+        If that fails, those who opened it for writing are told. Whoever only read has lost nothing,
+        and what could not be written is tried, and told, the next time.
+        """
+        if not self.writable:
+            return
+        try:
             await self.access.flush()
+        except ImagofsError:
+            if handle in self._writing_handles:
+                raise
 
     async def sync(self) -> None:
         """What fsync(2) waits for: everything is durable."""

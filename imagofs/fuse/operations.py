@@ -270,7 +270,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def flush(self, fh: int) -> None:
-        await self.disk.flush()
+        await self.disk.flush(fh)
 
     @_answered
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -280,8 +280,10 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         # A loop device that is detached sends nothing else, and what an mmap changed after close(2)
         # comes after FLUSH.
-        self.disk.release(fh)
-        await self.disk.flush()
+        try:
+            await self.disk.flush(fh)
+        finally:
+            self.disk.release(fh)
 
     async def poll(self, inode: int, fh: int, poll_handle: Any, ctx: RequestContext) -> int:
         """A disk is always ready."""

@@ -15,6 +15,7 @@ __all__ = [
     "COPY_FILE_RANGE_IN",
     "DATA_IN",
     "FALLOCATE_IN",
+    "FLUSH_IN",
     "INTERRUPT_IN",
     "IN_HEADER_SIZE",
     "LSEEK_IN",
@@ -74,6 +75,7 @@ OUT_HEADER = Struct("=IiQ")  # total length, negative errno, unique
 _IN_HEADER = Struct("=IIQ")  # total length, opcode, unique
 
 # Bodies, at IN_HEADER_SIZE.
+FLUSH_IN = Struct("=Q")  # handle
 LSEEK_IN = Struct("=8xQI")  # offset, whence
 FALLOCATE_IN = Struct("=8xQQI")  # offset, length, mode
 COPY_FILE_RANGE_IN = Struct("=8xQ16xQQ")  # offset to read from, offset to write to, length

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from imagofs import FormatAccess, MemoryStorage, Raw, StorageError
 from imagofs.fuse import client, unmounting
+from imagofs.fuse.disk import Disk
 from tests import qemu
 from tests.conftest import NewImage
 from tests.mount.conftest import random_bytes
@@ -235,3 +237,17 @@ def test_lost_data_are_told_to_who_unmounts(tmp_path: Path, raw_image: Path) -> 
             process.kill()
             if mount_at(point) is not None:
                 unmounting.detach(str(point))
+
+
+async def test_a_failing_flush_is_told_to_who_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flush() -> None:
+        raise StorageError("no room", error=errno.ENOSPC)
+
+    async with FormatAccess(await Raw.open(MemoryStorage(4096), writable=True)) as access:
+        disk = Disk(access, writable=True)
+        reader, writer = disk.open(os.O_RDONLY), disk.open(os.O_RDWR)
+        with monkeypatch.context() as patch:
+            patch.setattr(access, "flush", flush)
+            await disk.flush(reader)
+            with pytest.raises(StorageError, match="no room"):
+                await disk.flush(writer)

@@ -30,5 +30,12 @@ def test_full_disk(kind: full_disk.Kind, tmp_path: Path) -> None:
     assert count.failed_writes + count.failed_syncs
 
 
+def test_readers_of_a_full_disk(tmp_path: Path) -> None:
+    """Tables that do not fit are told to who wrote or syncs, not to who closes what it read."""
+    with_a_failing_sync = 20261204
+    kind = next(kind for kind in full_disk.KINDS if kind.name == "qcow2, 512")
+    assert full_disk.try_kind(kind, with_a_failing_sync, tmp_path).failed_syncs
+
+
 def test_killed_on_a_full_disk(tmp_path: Path) -> None:
     assert full_disk.try_kill(full_disk.KINDS[0], SEED, tmp_path).failed_writes
