@@ -55,6 +55,7 @@ _NAMESPACE_BITS = 56  # room for every guest cluster of the smallest size
 _ENTRY_OVERHEAD = 150  # bytes: the object's header, the key, a dictionary's slot
 _MAX_THREADS = 4
 _BUFFER_BYTES = 512 << 10
+_START_BYTES = 512  # of deflate, for the tables that describe a block
 _MAX_FRAMES = 64  # zstd frames that make one cluster; writers make one
 _MAX_WINDOW_BITS = 23  # zstd: 8 MiB, what decoders are asked to support; clusters have 2 at most
 
@@ -66,19 +67,30 @@ class InflateError(ValueError):
 # --- inflating ----------------------------------------------------------------------------------
 
 
-def inflate_deflate(data: Buffer, length: int) -> bytes:
+def inflate_deflate(data: Buffer, length: int, whole_length: int = 0) -> bytes:
     """Inflate raw deflate (RFC 1951).
 
     Args:
         data: The stream; what follows its end is ignored.
         length: Bytes to make, above zero. A stream that goes on is cut there.
+        whole_length: Bytes that all of it makes. If it is given, little more is inflated than
+            `length`; 0: `length` is all, or not much less.
 
     Raises:
-        InflateError: The stream is broken or ends earlier.
+        InflateError: The stream is broken, as far as it was looked at, or ends earlier.
     """
     decompressobj, broken = deflate_library()
+    stream = decompressobj(-zlib.MAX_WBITS)
+    view = memoryview(data)
+    first = view.nbytes
+    if whole_length:
+        # isal goes through all that it is given, so it is given little more than what is needed if
+        # the stream is alike throughout.
+        first = length * first * 9 // (whole_length * 8) + _START_BYTES
     try:
-        inflated: bytes = decompressobj(-zlib.MAX_WBITS).decompress(data, length)
+        inflated: bytes = stream.decompress(view[:first], length)
+        if len(inflated) < length and first < view.nbytes:
+            inflated += stream.decompress(view[first:], length - len(inflated))
     except broken as exc:
         raise InflateError(f"broken deflate stream ({exc})") from None
     if len(inflated) != length:
@@ -269,7 +281,8 @@ class InflatedCache:
     Two generations, so that a hit in the young one moves nothing. When that has grown to half the
     limit, it joins the old one, whose oldest clusters make room; what is asked for there becomes
     young again. Beside them is what was inflated ahead of sequential reads: first in, first out,
-    read or not, so that a pass over the disk displaces nothing, and moves nothing either.
+    read or not, so that a pass over the disk displaces nothing. As long as there is room that
+    nothing else needs, what leaves joins the old generation: the next pass finds it there.
 
     Args:
         limit: Bytes that are kept. A cache too small for one cluster still keeps the newest.
@@ -301,7 +314,7 @@ class InflatedCache:
         #: The threads that fill this cache.
         self.threads = InflateThreads()
         self._used_limit = limit - self.ahead_limit
-        self._old: dict[int, bytes] = {}
+        self._old: dict[int, Inflated] = {}
         self._used_bytes = self._young_bytes = self._ahead_bytes = 0
         self._buffers: list[bytearray] = []
         self._namespaces = count()
@@ -320,9 +333,11 @@ class InflatedCache:
         if found is not None:
             return found
         data = self._old.pop(key, None)
-        if data is not None:
-            self._enter(key, data)
-        return data
+        if data is None:
+            return None
+        own = bytes(data)  # alone: what it shared memory with may leave before it
+        self._enter(key, own)
+        return own
 
     def __contains__(self, key: int) -> bool:
         """Whether a cluster is kept at `key`, used or not."""
@@ -356,17 +371,21 @@ class InflatedCache:
         self.ahead[key] = data
         self._ahead_bytes += _cost(data)
         while self._ahead_bytes > self.ahead_limit and len(self.ahead) > 1:
-            self._drop_ahead(next(iter(self.ahead)))
+            oldest = next(iter(self.ahead))
+            left = self._drop_ahead(oldest)
+            if left is not None and self._used_bytes + _cost(left) <= self._used_limit:
+                self._used_bytes += _cost(left)
+                self._old[oldest] = left
 
     def drop(self, key: int) -> None:
         """Forget the cluster at `key`."""
-        data = self.young.pop(key, None)
-        if data is not None:
-            self._young_bytes -= _cost(data)
-            self._used_bytes -= _cost(data)
-        data = self._old.pop(key, None)
-        if data is not None:
-            self._used_bytes -= _cost(data)
+        young = self.young.pop(key, None)
+        if young is not None:
+            self._young_bytes -= _cost(young)
+            self._used_bytes -= _cost(young)
+        old = self._old.pop(key, None)
+        if old is not None:
+            self._used_bytes -= _cost(old)
         self._drop_ahead(key)
 
     def drop_range(self, first_key: int, keys: int) -> None:
@@ -403,10 +422,11 @@ class InflatedCache:
         """Keep no buffers to be used again."""
         self._buffers.clear()
 
-    def _drop_ahead(self, key: int) -> None:
+    def _drop_ahead(self, key: int) -> Inflated | None:
         data = self.ahead.pop(key, None)
         if data is not None:
             self._ahead_bytes -= _cost(data)
+        return data
 
 
 def _cost(data: Inflated) -> int:

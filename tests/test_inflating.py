@@ -371,13 +371,60 @@ def test_a_cache_that_is_too_small_keeps_the_newest() -> None:
 
 def test_what_was_inflated_ahead_leaves_first_in_first_out_read_or_not() -> None:
     cache = InflatedCache(40 * 1000)
-    cache.put(1, bytes(1000))
+    for key in range(26):
+        cache.put(key, bytes(1000))
+    used = {*cache.young, *cache._old}
     for key in range(100, 200):
         cache.put_ahead(key, bytes([key]) * 1000)
         assert cache.get(100) == (bytes([100]) * 1000 if key < 108 else None)
         assert cache.get(key) == bytes([key]) * 1000
     assert list(cache.ahead) == list(range(192, 200))
-    assert list(cache.young) == [1], "a pass over the disk displaces nothing"
+    assert {*cache.young, *cache._old} == used == set(range(26)), "a pass displaces nothing"
+
+
+def test_a_pass_fills_the_room_that_nothing_else_needs() -> None:
+    shared = memoryview(bytes(range(200)) * 1000)
+    cache = InflatedCache(40 * 1000)
+    cache.put(1, bytes(1000))
+    for key in range(100, 200):
+        cache.put_ahead(key, shared[key * 1000 :][:1000])
+    kept = [key for key in range(100, 192) if key in cache]
+    assert kept == list(range(100, 125)), "the first ones: the next pass begins there"
+    assert cache.bytes_held() <= 40 * 1000
+    again = cache.get(100)
+    assert again == shared[:1000]
+    assert isinstance(again, bytes), "it no longer keeps what it shared memory with"
+    assert 100 in cache.young
+    # What is used has precedence.
+    for key in range(2, 30):
+        cache.put(key, bytes(1000))
+    assert all(key in cache for key in range(10, 30))
+    assert cache.bytes_held() <= 40 * 1000
+    cache.drop_range(0, 1 << 50)
+    assert cache.bytes_held() == 0
+
+
+@given(st.data())
+def test_beginnings(data: st.DataObject) -> None:
+    """Whatever the stream is like, also where it is not alike throughout."""
+    kinds = st.sampled_from([bytes(9000), random.Random(3).randbytes(9000), b"some prose. " * 700])
+    whole = b"".join(data.draw(st.lists(kinds, min_size=1, max_size=4)))
+    compressor = zlib.compressobj(data.draw(st.integers(0, 9)), zlib.DEFLATED, -12)
+    stream = compressor.compress(whole) + compressor.flush() + bytes(data.draw(st.integers(0, 600)))
+    for length in (1, len(whole), data.draw(st.integers(1, len(whole)))):
+        assert inflate_deflate(memoryview(stream), length, len(whole)) == whole[:length]
+    with pytest.raises(InflateError):
+        inflate_deflate(stream, len(whole) + 1, len(whole) + 1)
+
+
+def test_no_more_is_inflated_than_a_beginning_needs() -> None:
+    noise = random.Random(4).randbytes(64 << 10)
+    compressor = zlib.compressobj(0, zlib.DEFLATED, -15)  # stored: each byte is where it was
+    stream = bytearray(compressor.compress(noise) + compressor.flush())
+    stream[40_000:] = b"\xff" * (len(stream) - 40_000)
+    assert inflate_deflate(stream, 20_000, 64 << 10) == noise[:20_000]
+    with pytest.raises(InflateError):
+        inflate_deflate(stream, 64 << 10)
 
 
 def test_namespaces_are_apart() -> None:

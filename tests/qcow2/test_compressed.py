@@ -228,9 +228,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Lengths of what was inflated, one for each cluster."""
     calls: list[int] = []
 
-    def counting(data: memoryview, length: int) -> bytes:
+    def counting(data: memoryview, length: int, whole_length: int = 0) -> bytes:
         calls.append(length)
-        return inflate_deflate(data, length)
+        return inflate_deflate(data, length, whole_length)
 
     monkeypatch.setattr(module, "inflate_deflate", counting)
     yield calls
@@ -588,11 +588,25 @@ async def test_a_small_cluster_is_inflated_in_line(inline: int, counted: list[in
     with_it = disk(size=inline)
     for position in (0, 5 * 64 * KIB + 100, 9 * 64 * KIB - 512, 5 * 64 * KIB):
         assert with_it.read_nowait(position, 512) == with_it.expected(position, 512)
-    assert len(counted) == 3
+    # Of the first two no more than what is read is inflated; the third is read at its end, and the
+    # last was read lately.
+    assert counted == [512, 612, 64 * KIB, 64 * KIB]
+    for position in (5 * 64 * KIB + 3000, 9 * 64 * KIB - 1024):
+        assert with_it.read_nowait(position, 512) == with_it.expected(position, 512)
+    assert len(counted) == 4, "they are kept"
     with_it.assert_idle()
     assert with_it.read_nowait(64 * KIB - 1, 2) is None, "more than one is a thread's work"
     await with_it.read(30 * 64 * KIB, 1)
     with_it.assert_idle()
+
+
+async def test_how_many_beginnings_are_remembered(inline: int, counted: list[int]) -> None:
+    with_it = disk(40, inline)
+    with_it.clusters._most_begun = 10
+    for cluster in [*range(0, 40, 2), 38, 0]:
+        assert with_it.read_nowait(cluster * inline, 512) is not None
+    assert counted == [512] * 20 + [inline, 512]
+    assert len(with_it.clusters._begun) == 10
 
 
 async def test_what_is_not_inflated_in_line(inline: int, counted: list[int]) -> None:

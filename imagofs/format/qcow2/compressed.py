@@ -40,6 +40,7 @@ __all__ = ["CompressedClusters", "NotCompressed"]
 # Largest cluster that is inflated in the caller's thread, in 40 (zstd) to 150 (deflate) us if it is
 # prose: to hand it to a thread and back costs this thread 80, and the reader more than 200.
 _INLINE_BYTES = 64 << 10
+_MOST_BEGUN = 4096  # clusters of which it is remembered that only their beginning was inflated
 # Inflated by one thread in one go, in half a millisecond (zstd) to one (deflate): the larger, the
 # less often the threads need the interpreter's lock, and the longer who waits for the first part.
 _DEFLATE_JOB_BYTES = 512 << 10
@@ -93,6 +94,12 @@ class CompressedClusters:
         self._cluster_bits = cluster_bits
         self._cluster_size = 1 << cluster_bits
         self._inflate = inflate_zstd if compression_type else inflate_deflate
+        # Of a cluster that nobody has read lately no more is inflated than up to what is read, if
+        # that saves a quarter. A zstd frame this small is one block, with nothing to be saved.
+        self._longest_start = 0 if compression_type else self._cluster_size * 3 // 4
+        #: Clusters whose beginning was inflated lately, the oldest first.
+        self._begun: dict[int, None] = {}
+        self._most_begun = min(cache.limit >> cluster_bits, _MOST_BEGUN)
         self._inflate_many = inflate_zstd_clusters if compression_type else None
         job_bytes = _ZSTD_JOB_BYTES if compression_type else _DEFLATE_JOB_BYTES
         self._clusters_per_job = max(1, job_bytes >> cluster_bits)
@@ -126,7 +133,7 @@ class CompressedClusters:
             key = self._namespace + cluster
             data = self._cache.young.get(key) or self._cache.ahead.get(key)
             if data is None:
-                data = self._take_one(cluster)
+                data = self._take_one(cluster, end)
                 if data is None:
                     return False
             elif end == self._cluster_size and key in self._cache.ahead:
@@ -216,13 +223,14 @@ class CompressedClusters:
     def _take(self, clusters: Iterable[int], found: dict[int, Inflated]) -> list[int]:
         """Enter those of `clusters` that are in memory into `found`; return the others.
 
-        Where they were inflated ahead, more is inflated ahead.
+        Where they were inflated ahead, or are left from an earlier pass, more is inflated ahead.
         """
         cache, namespace = self._cache, self._namespace
         missing: list[int] = []
         fresh: list[int] = []
         for cluster in clusters:
             key = namespace + cluster
+            was_used = key in cache.young
             data = cache.get(key)
             if data is None:
                 data = self._take_early(cluster)
@@ -230,7 +238,7 @@ class CompressedClusters:
                     missing.append(cluster)
                     continue
                 fresh.append(cluster)
-            elif key in cache.ahead:
+            elif not was_used:
                 fresh.append(cluster)
             found[cluster] = data
         if fresh:
@@ -245,11 +253,12 @@ class CompressedClusters:
         data = job.results.get(cluster)
         return None if isinstance(data, Exception) else data
 
-    def _take_one(self, cluster: int) -> Inflated | None:
+    def _take_one(self, cluster: int, length: int) -> Inflated | None:
+        """At least the first `length` bytes of a cluster, if they are to be had at once."""
         found: dict[int, Inflated] = {}
         if not self._take((cluster,), found):
             return found[cluster]
-        return self._inflate_here(cluster)
+        return self._inflate_here(cluster, length)
 
     def _parts(self, found: dict[int, Inflated], guest_offset: int, length: int) -> list[Buffer]:
         """The parts of the clusters `found` that make up a range."""
@@ -264,26 +273,40 @@ class CompressedClusters:
             parts[0] = memoryview(parts[0])[within:]
         return parts
 
-    def _inflate_here(self, cluster: int) -> bytes | None:
+    def _inflate_here(self, cluster: int, length: int) -> bytes | None:
         """Inflate a small cluster in the caller's thread if its data can be had without waiting.
 
         Anything that is wrong is left to `readv` to find and tell.
+
+        Returns:
+            All of it, which is kept; or at least its first `length` bytes, if it was not read
+            lately: who reads a little here and there would wait for much that nobody asks for.
         """
         entry = self._descriptor_nowait(cluster)
         if entry is None or self._cluster_size > _INLINE_BYTES or cluster in self._inflight:
             return None
+        is_start = length <= self._longest_start and cluster not in self._begun
         buffer = self._cache.take_buffer(0)
         try:
-            host_offset, length = self._piece(cluster, entry).place
-            frame = memoryview(buffer)[:length]
-            if self._storage.readv_nowait((frame,), host_offset) != length:
+            host_offset, compressed_length = self._piece(cluster, entry).place
+            frame = memoryview(buffer)[:compressed_length]
+            if self._storage.readv_nowait((frame,), host_offset) != compressed_length:
                 return None
-            data = self._inflate(frame, self._cluster_size)
+            if is_start:
+                data = inflate_deflate(frame, length, self._cluster_size)
+            else:
+                data = self._inflate(frame, self._cluster_size)
         except (CorruptImageError, InflateError, UnsupportedError):
             return None
         finally:
             self._cache.give_buffer(buffer)
-        self._cache.put(self._namespace + cluster, data)
+        if is_start:
+            self._begun[cluster] = None
+            if len(self._begun) > self._most_begun:
+                del self._begun[next(iter(self._begun))]
+        else:
+            self._begun.pop(cluster, None)
+            self._cache.put(self._namespace + cluster, data)
         self._read_ahead(cluster, 1, missed=True)
         return data
 

@@ -133,11 +133,13 @@ class DeflatedGrains:
         return -(-(position + length) // self._grain_bytes)
 
     def _take(self, number: int) -> Inflated | None:
-        """The grain if it is in memory. If it was inflated ahead, more is."""
+        """The grain if it is in memory. Unless it was read before, more is inflated ahead."""
         key = self._namespace + number
-        if key in self._cache.ahead:
+        was_used = key in self._cache.young
+        grain = self._cache.get(key)
+        if grain is not None and not was_used:
             self._read_ahead(number, 1, missed=False)
-        return self._cache.get(key)
+        return grain
 
     async def _inflated(self, first: int, end: int) -> list[Inflated]:
         """The grains from `first` to before `end`."""
