@@ -31,11 +31,29 @@ if TYPE_CHECKING:
 
     from .vectors import IoVector
 
-__all__ = ["Dependencies", "ReadAccess", "check_types", "checked_parallelism"]
+__all__ = ["Dependencies", "FileRange", "ReadAccess", "check_types", "checked_parallelism"]
 
 _FIRST_CODE = 252
 #: Bytes of tables that the cache has room for at least, per layer: a few tables of each.
 _TABLES_PER_LAYER = 16 << 10
+
+
+#: A range in more parts than this is not looked for in the page cache.
+_MOST_FILE_RANGES = 64
+
+
+class FileRange(NamedTuple):
+    """A range of an open file, all of it in the page cache.
+
+    Attributes:
+        fd: The descriptor, which its storage keeps.
+        offset: Where it begins, in bytes.
+        length: Bytes.
+    """
+
+    fd: int
+    offset: int
+    length: int
 
 
 class Dependencies(NamedTuple):
@@ -205,6 +223,30 @@ class ReadAccess:
                 return False
             position += length
         return True
+
+    def cached_ranges(self, guest_offset: int, length: int) -> list[FileRange] | None:
+        """Where in files the bytes of a range are, if the page cache has all. A plain function.
+
+        The range must lie inside the image; this method does not check it.
+
+        Returns:
+            At most 64 places, one after the other, good until anything else runs; None: read it.
+        """
+        try:
+            runs = self._map.runs(guest_offset, length)
+        except NotCached:
+            return None
+        if len(runs) > _MOST_FILE_RANGES:
+            return None
+        ranges = []
+        for code, place, run_length in runs:
+            if code >= _FIRST_CODE:
+                return None
+            fd = self._map.storages[code].page_cache_fd(place, run_length)
+            if fd < 0:
+                return None
+            ranges.append(FileRange(fd, place, run_length))
+        return ranges
 
     # --- lending --------------------------------------------------------------------------------
 

@@ -8,8 +8,10 @@ Rules that live here:
 
 - `Channel._drain` is a plain function: it answers requests in a burst, each with one read of the
   descriptor, one `read_nowait` or `write_nowait` of the image and one write, and never waits for
-  the image. What cannot be answered like this becomes a task of its own, with its own buffer: a
-  WRITE that waits takes the receive buffer with it.
+  the image. The data of a large READ are not copied here: they go from the page cache through a
+  pipe (`reply_pipe.py`), or from where the image keeps what it inflated. What cannot be answered
+  like this becomes a task of its own, with its own buffer: a WRITE that waits takes the receive
+  buffer with it.
 - Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
 - An interrupted request is finished as if it had not been, as a disk does it.
 - Nothing is answered with ENOSYS: the kernel would not ask again.
@@ -41,6 +43,7 @@ from .protocol import (
     WRITE_DATA_OFFSET,
     error_reply,
 )
+from .reply_pipe import ReplyPipe
 from .statistics import SAMPLE_EVERY
 
 if TYPE_CHECKING:
@@ -60,8 +63,8 @@ _TASK_BYTES = 32 << 20
 #: wait; above it takes a pooled one, or the receive buffer.
 _SMALL_BYTES = 128 << 10
 _SPARE_BUFFERS = 4
-#: A READ of at least this much is answered from where an image has its bytes in memory, if it has.
-_LENT_BYTES = 128 << 10
+#: A READ of at least this much is answered from where its bytes are in memory, if they are.
+_LARGE_BYTES = 128 << 10
 #: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
 #: without giving up the thread, while no task is waiting (milliseconds).
 _SPIN = 40 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -129,6 +132,7 @@ class Channel:
         )
 
         self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, _SPARE_BUFFERS)
+        self._pipe = ReplyPipe(self._fd)
         self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
         self._request = self._requests.take()
         self._reply_buffer = self._replies.take()
@@ -184,7 +188,7 @@ class Channel:
         written_reply = protocol.written_reply
         read_nowait = self._disk.access.read_nowait
         write_nowait = self._disk.access.write_nowait
-        lend_nowait = self._disk.access.lend_nowait
+        send_large = self._send_large
         disk_size = self._disk.size
         writable = self._disk.writable
         forwarded = self._forwarder.under_way
@@ -227,23 +231,19 @@ class Channel:
                     if offset + size > disk_size:
                         size = self._disk.clip(offset, size)
                     data, message = reply.slices.get(size) or reply.slice(size)
-                    lent = None
                     try:
-                        if size >= _LENT_BYTES:
-                            lent = lend_nowait(offset, size)
-                        done = not size or read_nowait(data, offset) if lent is None else lent
+                        sent = send_large(unique, offset, size) if size >= _LARGE_BYTES else None
+                        done = not size or read_nowait(data, offset) if sent is None else sent
                     except Exception as error:
                         self._fail(unique, error, "read", offset, size)
                         continue
                     if done:
-                        pack(message, 0, OUT_HEADER_SIZE + size, 0, unique)
-                        try:
-                            if lent:
-                                os.writev(fd, [message[:OUT_HEADER_SIZE], *lent])
-                            else:
+                        if not sent:
+                            pack(message, 0, OUT_HEADER_SIZE + size, 0, unique)
+                            try:
                                 write(fd, message)
-                        except OSError as error:
-                            self._unanswered(error)
+                            except OSError as error:
+                                self._unanswered(error)
                         reads += 1
                         read_bytes += size
                         if timed:
@@ -286,6 +286,29 @@ class Channel:
             statistics.writes += writes
             statistics.write_bytes += write_bytes
         return _MORE
+
+    def _send_large(self, unique: int, offset: int, size: int) -> bool | None:
+        """Answer a large READ from where its bytes are in memory. A plain function.
+
+        Returns:
+            True: answered. False: it must wait, for what it needs is to be inflated. None: its
+            bytes are not to be had like this; read them.
+        """
+        access = self._disk.access
+        header = protocol.OUT_HEADER.pack(OUT_HEADER_SIZE + size, 0, unique)
+        lent = access.lend_nowait(offset, size)
+        if lent is not None:
+            if lent:
+                self._reply(header, lent)
+            return bool(lent)
+        ranges = access.cached_ranges(offset, size)
+        if ranges is None:
+            return None
+        try:
+            return self._pipe.send(header, ranges) or None
+        except OSError as error:
+            self._unanswered(error)
+            return True
 
     def _sleep(self) -> bool:
         """Wait a moment for a request, in the thread. A plain function.
@@ -386,7 +409,7 @@ class Channel:
             log.error("cannot answer a request: %s", error)
 
     async def _read(self, unique: int, offset: int, size: int) -> None:
-        lent = await self._disk.access.lend(offset, size) if size >= _LENT_BYTES else None
+        lent = await self._disk.access.lend(offset, size) if size >= _LARGE_BYTES else None
         header = protocol.OUT_HEADER.pack(OUT_HEADER_SIZE + size, 0, unique)
         if lent:
             self._reply(header, lent)
@@ -474,4 +497,5 @@ class Channel:
         self._disk.launder = None
         os.dup2(self._fd, self._session_fd, inheritable=False)
         os.close(self._fd)
+        self._pipe.close()
         self._forwarder.close()

@@ -8,6 +8,7 @@ the errno would be.
 
 from __future__ import annotations
 
+from mmap import PAGESIZE
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -60,9 +61,11 @@ IN_HEADER_SIZE: Final = 40
 OUT_HEADER_SIZE: Final = 16
 #: Where the data of a WRITE begin.
 WRITE_DATA_OFFSET: Final = 80
-#: The largest read and write that we negotiate; the kernel's own default limit as well.
-MAX_WRITE: Final = 1 << 20
-MAX_PAGES: Final = 256
+#: The largest read and write that we negotiate, half of what the kernel would send: a reply of
+#: 1 MiB and its header would not go into a pipe of the size that every process may have, and while
+#: one half of a larger request is answered, the kernel prepares the other.
+MAX_WRITE: Final = 512 << 10
+MAX_PAGES: Final = MAX_WRITE // PAGESIZE
 #: What a receive buffer must hold: the kernel wants room for headers of 4 KiB beside the data.
 REQUEST_SIZE: Final = MAX_WRITE + 4096
 

@@ -163,6 +163,19 @@ class Storage(ABC):
         """
         return 0
 
+    def page_cache_fd(self, offset: int, length: int) -> int:
+        """A descriptor that a range can be spliced from without waiting, if there is one.
+
+        Args:
+            offset: Of the range, not negative.
+            length: Bytes, above zero.
+
+        Returns:
+            The descriptor, at whose `offset` all of the range is in the page cache; -1: read it.
+            It is the storage's own, and good until anything else runs.
+        """
+        return -1
+
     # --- what a driver implements -----------------------------------------------------------
     #
     # Called with checked arguments only: the storage is open (and writable, where it changes

@@ -499,7 +499,7 @@ class FileStorage(InlineStorage):
         if self.closed:
             return
         self.closed = True
-        self._read_fd = self._write_fd = -1
+        self._close_inline()
         with trio.CancelScope(shield=True):
             await self._in_flight.ended()
             try:
@@ -510,6 +510,7 @@ class FileStorage(InlineStorage):
     def __del__(self) -> None:
         if self._fd < 0:
             return
+        self._close_inline()
         close_descriptors(*self._take_fds())
         text = f"{self.filename}: was not closed"
         warnings.warn(text, ResourceWarning, stacklevel=1, source=self)

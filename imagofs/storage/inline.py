@@ -16,6 +16,7 @@ from time import monotonic as _monotonic
 from ..vectors import fill_views, split_views, total_length
 from . import syscalls
 from .base import Storage
+from .residency import Residency
 
 __all__ = ["InlineStorage"]
 
@@ -36,7 +37,7 @@ _IN_TURN = 0.02
 #: then one tries again.
 LARGE_WRITE = 64 << 10
 DEAR_PER_BYTE = 1.25e-9
-UNCACHED_WRITES = 64
+UNCACHED_WRITES = 128
 _RWF_DONTCACHE = 0x80
 
 #: A sync after no more bytes than this makes a file one that is synced often: from then on the
@@ -64,6 +65,7 @@ class InlineStorage(Storage):
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._size = size
+        self._residency: Residency | None = None
         self._nowait_flags = os.RWF_NOWAIT
         self._read_inline_from = 0.0  # in-line reads and writes pause until these moments
         self._write_inline_from = 0.0
@@ -138,6 +140,16 @@ class InlineStorage(Storage):
             fill_views(split_views([*views], inside)[1])
         return total
 
+    def page_cache_fd(self, offset: int, length: int) -> int:
+        """The file, if the page cache has the range. See `Storage.page_cache_fd`."""
+        fd = self._read_fd
+        # Where RWF_NOWAIT is not known, splice(2) may wait for more than pages (NFS: for a server).
+        if fd < 0 or not self._nowait_flags or offset + length > self._size:
+            return -1
+        if self._residency is None:
+            self._residency = Residency(fd)
+        return fd if self._residency.covers(offset, length) else -1
+
     def writev_nowait(self, views: Sequence[memoryview], offset: int) -> int:
         """Write into the page cache, unless that was slow just now. See `Storage.writev_nowait`."""
         start = _monotonic()
@@ -189,6 +201,12 @@ class InlineStorage(Storage):
         syscalls.start_write_out(self._write_fd)
         self._handed_over += self._written
         self._written = 0
+
+    def _close_inline(self) -> None:
+        """Give up the fast path."""
+        self._read_fd = self._write_fd = -1
+        if self._residency is not None:
+            self._residency.close()
 
     def _note_sync(self) -> None:
         """Count a sync that has ended."""

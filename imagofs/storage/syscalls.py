@@ -19,15 +19,19 @@ from ..vectors import zero_views
 __all__ = [
     "IOV_MAX",
     "UNSUPPORTED",
+    "addressable",
     "block_discard",
     "block_zero",
     "direct_alignments",
     "extent_at",
     "is_read_only_device",
     "logical_block_size",
+    "map_untouchable",
+    "mincore",
     "punch_hole",
     "read_full",
     "start_write_out",
+    "unmap",
     "write_full",
     "write_zero_bytes",
     "zero_range",
@@ -55,7 +59,10 @@ _STATX_DIO_MEM_ALIGN_OFFSET = 0x98  # and stx_dio_offset_align behind it, 32 bit
 
 _ZERO_STEP = 1 << 20
 
+_MAP_FAILED = (1 << 8 * struct.calcsize("P")) - 1
+
 _libc: Any = None
+_mincore: Any = None
 
 
 def read_full(
@@ -255,6 +262,56 @@ def _tried_alignments(fd: int) -> tuple[int, int]:
     request = next((step for step in candidates if works(page, step)), page)
     memory = next((step for step in candidates if works(step, request)), page)
     return memory, request
+
+
+def addressable(length: int) -> tuple[bytearray, int]:
+    """A buffer of `length` bytes, and its address for `mincore`; it never moves."""
+    import ctypes
+
+    buffer = bytearray(length)
+    return buffer, ctypes.addressof((ctypes.c_char * length).from_buffer(buffer))
+
+
+def map_untouchable(fd: int, length: int) -> int | None:
+    """Map the first `length` bytes of a file, past its end too, without any right to touch them.
+
+    Returns:
+        The address, for `mincore` and `unmap`; None if the system refuses.
+    """
+    libc = _load_libc()
+    import ctypes
+
+    mmap64 = getattr(libc, "mmap64", libc.mmap)  # with 64-bit offsets wherever there are two
+    mmap64.restype = ctypes.c_void_p
+    no_right, anywhere = 0, None
+    address = mmap64(
+        anywhere, ctypes.c_size_t(length), no_right, mmap.MAP_SHARED, fd, ctypes.c_int64(0)
+    )
+    return None if address is None or address == _MAP_FAILED else int(address)
+
+
+def unmap(address: int, length: int) -> None:
+    """Undo `map_untouchable`."""
+    import ctypes
+
+    _load_libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
+
+
+def mincore(address: int, length: int, pages_address: int) -> int:
+    """mincore(2), of a range of what `map_untouchable` gave; 0 if it went well.
+
+    Args:
+        address: Where the range begins, at a page boundary.
+        length: Bytes.
+        pages_address: Of a buffer with a byte for each page, which becomes 1 or 0.
+    """
+    global _mincore
+    if _mincore is None:
+        import ctypes
+
+        _mincore = _load_libc().mincore
+        _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return int(_mincore(address, length, pages_address))
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -82,7 +82,7 @@ def test_amending_init() -> None:
     features = protocol.amend_init(reply, offered, amendments)
     assert features == 1 << 0 | 1 << 28 | 1 << 30 | 1 << 36
     fields = struct.unpack_from("=IIIIHHIIHHI", reply, 16)
-    assert fields == (7, 38, 131072, 1 | 1 << 28 | 1 << 30, 256, 192, 1 << 20, 1, 256, 0, 1 << 4)
+    assert fields == (7, 38, 131072, 1 | 1 << 28 | 1 << 30, 256, 192, 512 << 10, 1, 128, 0, 1 << 4)
     # What the kernel does not offer is not asked for.
     assert protocol.amend_init(init_reply(1), 1, amendments) == 1
     # An error stays as it is.
