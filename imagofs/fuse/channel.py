@@ -12,6 +12,8 @@ Rules that live here:
   pipe (`reply_pipe.py`), or from where the image keeps what it inflated. What cannot be answered
   like this becomes a task of its own, with its own buffer: a WRITE that waits takes the receive
   buffer with it.
+- Small replies are held back for a moment while requests are queuing, never while nothing is to be
+  done (`_BUSY_STREAK`).
 - Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
 - An interrupted request is finished as if it had not been, as a disk does it.
 - Nothing is answered with ENOSYS: the kernel would not ask again.
@@ -65,6 +67,13 @@ _SMALL_BYTES = 128 << 10
 _SPARE_BUFFERS = 4
 #: A READ of at least this much is answered from where its bytes are in memory, if they are.
 _LARGE_BYTES = 128 << 10
+#: To wake somebody costs more than to answer. So, once this many requests in turn were there when
+#: the descriptor was looked at, small replies are held back and sent together: whoever is woken by
+#: the first finds the others, too. They are sent at once when nothing more is there to be done.
+_BUSY_STREAK = 3
+_MOST_HELD = 6
+_HELD_BYTES = 16 << 10  # of data in one reply
+_HELD_NANOSECONDS = 100_000  # after the first, when another one joins it
 #: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
 #: without giving up the thread, while no task is waiting (milliseconds).
 _SPIN = 40 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -135,7 +144,7 @@ class Channel:
         self._pipe = ReplyPipe(self._fd)
         self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
         self._request = self._requests.take()
-        self._reply_buffer = self._replies.take()
+        self._reply_ring = [self._replies.take() for _ in range(_MOST_HELD)]
         self._spin = _SPIN
         self._vain_spins = 0
         self._tasks = 0
@@ -192,7 +201,11 @@ class Channel:
         disk_size = self._disk.size
         writable = self._disk.writable
         forwarded = self._forwarder.under_way
-        reply = self._reply_buffer
+        ring = self._reply_ring
+        reply = ring[0]
+        held: list[Buffer] = []
+        message: Buffer | None
+        streak = send_at = 0
         request = self._request
         view = request.view
         vector = (view,)
@@ -205,6 +218,11 @@ class Channel:
                 try:
                     length = readv(fd, vector)
                 except BlockingIOError:
+                    streak = 0
+                    if held:
+                        self._send(held)
+                        reply = ring[0]
+                        continue
                     if self._tasks or forwarded:
                         return _IDLE
                     spins += 1
@@ -223,6 +241,7 @@ class Channel:
                     continue
                 if spins:
                     spins = self._vain_spins = 0
+                streak += 1
                 budget -= 1
                 _, opcode, unique, _, offset, size = unpack(view)
                 if timed := not unique & _SAMPLE_MASK:
@@ -230,29 +249,28 @@ class Channel:
                 if opcode == READ:
                     if offset + size > disk_size:
                         size = self._disk.clip(offset, size)
-                    data, message = reply.slices.get(size) or reply.slice(size)
+                    data, filled = reply.slices.get(size) or reply.slice(size)
                     try:
                         sent = send_large(unique, offset, size) if size >= _LARGE_BYTES else None
                         done = not size or read_nowait(data, offset) if sent is None else sent
                     except Exception as error:
                         self._fail(unique, error, "read", offset, size)
                         continue
-                    if done:
-                        if not sent:
-                            pack(message, 0, OUT_HEADER_SIZE + size, 0, unique)
-                            try:
-                                write(fd, message)
-                            except OSError as error:
-                                self._unanswered(error)
-                        reads += 1
-                        read_bytes += size
-                        if timed:
-                            add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
-                        budget -= size >> _BUDGET_SHIFT
+                    if not done:
+                        action = ("read", offset, size)
+                        self._start(unique, action, size, self._read, offset, size)
+                        if self._is_full():
+                            return _FULL
                         continue
-                    self._start(unique, ("read", offset, size), size, self._read, offset, size)
+                    reads += 1
+                    read_bytes += size
+                    if sent:
+                        message = None
+                    else:
+                        pack(filled, 0, OUT_HEADER_SIZE + size, 0, unique)
+                        message = filled
                 elif opcode == WRITE:
-                    data, message = request.slices.get(size) or request.slice(size)
+                    data, _ = request.slices.get(size) or request.slice(size)
                     try:
                         done = (
                             writable and offset + size <= disk_size and write_nowait(data, offset)
@@ -260,32 +278,56 @@ class Channel:
                     except Exception as error:
                         self._fail(unique, error, "write", offset, size)
                         continue
-                    if done:
-                        try:
-                            write(fd, written_reply(unique, size))
-                        except OSError as error:
-                            self._unanswered(error)
-                        writes += 1
-                        write_bytes += size
-                        if timed:
-                            add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
-                        budget -= size >> _BUDGET_SHIFT
+                    if not done:
+                        self._write_later(unique, data, offset)
+                        request = self._request
+                        view = request.view
+                        vector = (view,)
+                        if self._is_full():
+                            return _FULL
                         continue
-                    self._write_later(unique, data, offset)
-                    request = self._request
-                    view = request.view
-                    vector = (view,)
+                    writes += 1
+                    write_bytes += size
+                    message = written_reply(unique, size)
                 else:
                     self._dispatch(opcode, unique, view[:length])
-                if self._is_full():
-                    return _FULL
+                    if self._is_full():
+                        return _FULL
+                    continue
+                if message is None:
+                    pass
+                elif streak <= _BUSY_STREAK or timed or size > _HELD_BYTES:
+                    try:
+                        write(fd, message)
+                    except OSError as error:
+                        self._unanswered(error)
+                else:
+                    held.append(message)
+                    if len(held) == 1:
+                        send_at = perf_counter_ns() + _HELD_NANOSECONDS
+                    elif len(held) == _MOST_HELD or perf_counter_ns() > send_at:
+                        self._send(held)
+                    reply = ring[len(held)]
+                if timed:
+                    add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
+                budget -= size >> _BUDGET_SHIFT
         finally:
+            self._send(held)
             statistics = self.statistics
             statistics.reads += reads
             statistics.read_bytes += read_bytes
             statistics.writes += writes
             statistics.write_bytes += write_bytes
         return _MORE
+
+    def _send(self, held: list[Buffer]) -> None:
+        """Send replies that were held back, and empty the list."""
+        for message in held:
+            try:
+                os.write(self._fd, message)
+            except OSError as error:
+                self._unanswered(error)
+        held.clear()
 
     def _send_large(self, unique: int, offset: int, size: int) -> bool | None:
         """Answer a large READ from where its bytes are in memory. A plain function.

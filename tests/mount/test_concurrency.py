@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from imagofs.fuse import unmounting
+from tests import qemu
 from tests.mount.conftest import random_bytes
 from tests.mount.mounting import Mounted, MountImage, mount_at, wait_until
 
@@ -279,3 +280,20 @@ def test_mount_is_used_while_it_ends(mount: MountImage, raw_image: Path) -> None
         mounted.wait_for_end()
         stop.set()
         assert sum(reader.result(20) for reader in readers) > 4
+
+
+@pytest.mark.parametrize("depth", [2, 5, 8, 32])
+def test_each_of_many_reads_gets_its_own_data(
+    mount: MountImage, tmp_path: Path, depth: int
+) -> None:
+    """Replies that are held back together each have their own data, large ones in between."""
+    image = tmp_path / "disk.img"
+    job = ["fio", "--name=job", "--verify=crc32c", "--verify_fatal=1", "--size=16M", "--bs=4k"]
+    job += ["--verify_state_save=0", "--ioengine=libaio", f"--iodepth={depth}"]
+    qemu.run(*job, f"--filename={image}", "--rw=write", "--do_verify=0")
+    mounted = mount(image)
+    mounted.file.read_bytes()
+    job += [f"--filename={mounted.file}", "--direct=1", "--readonly"]
+    qemu.run(*job, "--rw=randread", "--time_based", "--runtime=1")
+    sizes = "--bssplit=4k/60:16k/20:64k/10:256k/10"
+    qemu.run(*job, "--rw=randread", "--verify_interval=4k", sizes, "--time_based", "--runtime=1")
