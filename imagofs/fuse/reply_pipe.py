@@ -56,7 +56,10 @@ class ReplyPipe:
         try:
             total = os.write(self._input, header)
             for fd, offset, length in ranges:
-                total += _fill(self._input, fd, offset, length)
+                done = os.splice(fd, self._input, length, offset)
+                if done < length:
+                    _fill(self._input, fd, offset + done, length - done)
+                total += length
         except OSError:
             self._patience -= 1
             self.close()  # with what is in it
@@ -90,16 +93,15 @@ class ReplyPipe:
         return True
 
 
-def _fill(pipe: int, fd: int, offset: int, length: int) -> int:
-    """Put a range into the pipe; return its length.
+def _fill(pipe: int, fd: int, offset: int, length: int) -> None:
+    """Put the rest of a range into the pipe.
 
     Raises:
         OSError: It has no room, or the file ends before.
     """
-    done = 0
-    while done < length:
-        step = os.splice(fd, pipe, length - done, offset_src=offset + done)
-        if not step:
+    while length:
+        done = os.splice(fd, pipe, length, offset)
+        if not done:
             raise OSError(errno.EIO, "the file ends before")
-        done += step
-    return length
+        offset += done
+        length -= done

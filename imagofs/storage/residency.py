@@ -20,7 +20,7 @@ class Residency:
         fd: A descriptor that is open for reading, and stays open until `close`.
     """
 
-    __slots__ = ("_address", "_end", "_fd", "_pages", "_pages_address")
+    __slots__ = ("_address", "_end", "_fd", "_mincore", "_pages", "_pages_address")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -28,6 +28,7 @@ class Residency:
         self._end = 0  # of what is mapped
         self._pages = bytearray()  # one byte per page of a range
         self._pages_address = 0
+        self._mincore = syscalls.mincore()
         if not _tells_the_truth(fd):
             self._fd = -1
 
@@ -36,13 +37,14 @@ class Residency:
 
         False as well where the system does not say.
         """
-        if offset + length > self._end and not self._map(offset + length):
+        end = offset + length
+        if end > self._end and not self._map(end):
             return False
         start = offset & -PAGESIZE
-        pages = (offset + length - start + PAGESIZE - 1) // PAGESIZE
+        pages = (end - start + PAGESIZE - 1) // PAGESIZE
         if pages > len(self._pages):
             self._pages, self._pages_address = syscalls.addressable(pages)
-        if syscalls.mincore(self._address + start, pages * PAGESIZE, self._pages_address):
+        if self._mincore(self._address + start, end - start, self._pages_address):
             return False
         return self._pages.find(0, 0, pages) < 0
 

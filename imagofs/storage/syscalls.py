@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..vectors import zero_views
@@ -62,7 +62,6 @@ _ZERO_STEP = 1 << 20
 _MAP_FAILED = (1 << 8 * struct.calcsize("P")) - 1
 
 _libc: Any = None
-_mincore: Any = None
 
 
 def read_full(
@@ -297,21 +296,17 @@ def unmap(address: int, length: int) -> None:
     _load_libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
 
 
-def mincore(address: int, length: int, pages_address: int) -> int:
-    """mincore(2), of a range of what `map_untouchable` gave; 0 if it went well.
+def mincore() -> Callable[[int, int, int], int]:
+    """mincore(2), for ranges of what `map_untouchable` gave; it returns 0 if it went well.
 
-    Args:
-        address: Where the range begins, at a page boundary.
-        length: Bytes.
-        pages_address: Of a buffer with a byte for each page, which becomes 1 or 0.
+    It takes where the range begins, at a page boundary, its bytes, and the address of a buffer with
+    a byte for each page, which becomes 1 or 0.
     """
-    global _mincore
-    if _mincore is None:
-        import ctypes
+    import ctypes
 
-        _mincore = _load_libc().mincore
-        _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    return int(_mincore(address, length, pages_address))
+    function: Callable[[int, int, int], int] = _load_libc().mincore
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]  # type: ignore[attr-defined]
+    return function
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
