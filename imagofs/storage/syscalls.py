@@ -304,8 +304,9 @@ def mincore() -> Callable[[int, int, int], int]:
     """
     import ctypes
 
-    function: Callable[[int, int, int], int] = _load_libc().mincore
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]  # type: ignore[attr-defined]
+    foreign = _load_libc().mincore
+    foreign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    function: Callable[[int, int, int], int] = foreign
     return function
 
 
