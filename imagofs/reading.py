@@ -36,8 +36,6 @@ __all__ = ["Dependencies", "FileRange", "ReadAccess", "check_types", "checked_pa
 _FIRST_CODE = 252
 #: Bytes of tables that the cache has room for at least, per layer: a few tables of each.
 _TABLES_PER_LAYER = 16 << 10
-
-
 #: A range in more parts than this is not looked for in the page cache.
 _MOST_FILE_RANGES = 64
 

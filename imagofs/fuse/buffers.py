@@ -79,7 +79,8 @@ class ChannelStatistics:
         forwarded: Requests that pyfuse3 answered.
         deepest: The most requests that ever waited at the same time.
         latencies: How long READs, WRITEs and the others that the channel answered took, without
-            the moment (up to 0.1 ms) that a small reply may be held back.
+            the moment that a small reply may be held back: 0.1 ms, and while the request that then
+            is being answered takes.
     """
 
     __slots__ = (

@@ -207,6 +207,7 @@ class CompressedClusters:
     def forget_all(self) -> None:
         """Forget every cluster, because the file may have been changed by others."""
         self.forget(0, 1 << 64 - self._cluster_bits)
+        self._begun.clear()
 
     async def close(self) -> None:
         """Inflate ahead no more, forget all, and return when nothing uses the storage any more."""
