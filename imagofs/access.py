@@ -31,7 +31,7 @@ from .inflight import InFlight
 from .mapping import RawMapping
 from .parallel import run_parallel
 from .reading import ReadAccess, checked_parallelism
-from .resolved import CHUNK_GRANULES
+from .resolved import CHUNK_GRANULES, NotCached
 from .storage.base import PreallocateMode
 from .vectors import flat_views, split_views, total_length
 
@@ -128,10 +128,14 @@ class FormatAccess(ReadAccess):
                 if entry & IN_PLACE:
                     place = (entry & HOST_OFFSET_MASK) + within
                     return self._writers[entry & STORAGE_MASK]((view,), place) == length
-        if not self._map.in_place(guest_offset, length):
+        try:
+            runs = self._map.runs(guest_offset, length, in_place=True)
+        except NotCached:
+            runs = []
+        if not runs:
             return self.driver.write_nowait(view, guest_offset)
         position = 0
-        for code, place, run_length in self._map.runs(guest_offset, length):
+        for code, place, run_length in runs:
             part = view[position : position + run_length]
             if self._writers[code]((part,), place) != run_length:
                 return False

@@ -108,11 +108,7 @@ class ResolvedMap:
         Raises:
             NotCached: Load the table and ask again.
         """
-        key = self.namespace + (guest_offset >> self.chunk_bits)
-        chunk = self.cache.get(key)
-        if chunk is None:
-            chunk = _BLANK[:]
-            self.cache.put(key, chunk)
+        chunk = self._chunk(guest_offset >> self.chunk_bits)
         index = guest_offset >> self.granule_bits & CHUNK_GRANULES - 1
         entry = chunk[index]
         if entry == UNRESOLVED:
@@ -120,6 +116,29 @@ class ResolvedMap:
                 guest_offset >> self.granule_bits << self.granule_bits
             )
         return entry
+
+    def _chunk(self, number: int) -> array[int]:
+        chunk = self.cache.get(self.namespace + number)
+        if chunk is None:
+            chunk = _BLANK[:]
+            self.cache.put(self.namespace + number, chunk)
+        return chunk
+
+    def _entries(self, first: int, last: int) -> array[int]:
+        """The entries of granules of one chunk, `last` included.
+
+        Raises:
+            NotCached: Load the table and ask again.
+        """
+        chunk = self._chunk(first // CHUNK_GRANULES)
+        start = first & CHUNK_GRANULES - 1
+        entries = chunk[start : start + last - first + 1]
+        if UNRESOLVED in entries:
+            for index, entry in enumerate(entries):
+                if entry == UNRESOLVED:
+                    entry = self._resolve(first + index << self.granule_bits)
+                    entries[index] = chunk[start + index] = entry
+        return entries
 
     def _resolve(self, guest_offset: int) -> int:
         """Walk the chain for the granule that begins at `guest_offset`."""
@@ -146,8 +165,13 @@ class ResolvedMap:
             return MIXED
         return ZERO
 
-    def runs(self, guest_offset: int, length: int) -> list[Run]:
+    def runs(self, guest_offset: int, length: int, *, in_place: bool = False) -> list[Run]:
         """The places of a range, neighbours merged. A plain function.
+
+        Args:
+            guest_offset: Where the range begins.
+            length: Bytes, above zero.
+            in_place: An empty list is returned if a part may not be overwritten where it is.
 
         Raises:
             NotCached: Load the table and ask again.
@@ -155,36 +179,30 @@ class ResolvedMap:
         runs: list[Run] = []
         granule = self.granule
         end = guest_offset + length
-        code = -1
-        start = position = following = guest_offset
-        while guest_offset < end:
-            entry = self.entry(guest_offset)
-            within = guest_offset & granule - 1
-            new_code = entry & STORAGE_MASK
-            if new_code < _FIRST_CODE:
-                place = (entry & HOST_OFFSET_MASK) + within
-            else:
-                place = entry >> 9
-            if new_code != code or place != following:
-                if code >= 0:
-                    runs.append(Run(code, position, guest_offset - start))
-                code, start, position = new_code, guest_offset, place
-            guest_offset += granule - within
-            following = place + granule - within if code < _FIRST_CODE else place
-        runs.append(Run(code, position, end - start))
+        first = guest_offset >> self.granule_bits
+        last = end - 1 >> self.granule_bits
+        position = first << self.granule_bits  # where the granule begins
+        start = guest_offset  # where the run begins
+        begun = expected = -1  # the run's first entry, and the one that would continue it
+        step = 0
+        mask = -1 if in_place else ~IN_PLACE
+        while first <= last:
+            until = min(last, first | CHUNK_GRANULES - 1)
+            for entry in self._entries(first, until):
+                entry &= mask
+                if entry != expected:
+                    if begun >= 0:
+                        runs.append(_run(begun, start, position, granule))
+                        start = position
+                    if in_place and not entry & IN_PLACE:
+                        return []
+                    begun = expected = entry
+                    step = granule if entry & STORAGE_MASK < _FIRST_CODE else 0
+                expected += step
+                position += granule
+            first = until + 1
+        runs.append(_run(begun, start, end, granule))
         return runs
-
-    def in_place(self, guest_offset: int, length: int) -> bool:
-        """Whether the whole range may be overwritten where it is, as far as is known now."""
-        end = guest_offset + length
-        try:
-            while guest_offset < end:
-                if not self.entry(guest_offset) & IN_PLACE:
-                    return False
-                guest_offset = (guest_offset | self.granule - 1) + 1
-        except NotCached:
-            return False
-        return True
 
     def forget(self, guest_offset: int, length: int) -> None:
         """Look the range up anew: the top layer's mapping changed. A plain function."""
@@ -203,3 +221,11 @@ class ResolvedMap:
                 count = until - first + 1
                 chunk[start : start + count] = _BLANK[:count]
             first = until + 1
+
+
+def _run(entry: int, start: int, end: int, granule: int) -> Run:
+    """The run from `start` to `end`, whose first granule has `entry`."""
+    code = entry & STORAGE_MASK
+    if code < _FIRST_CODE:
+        return Run(code, (entry & HOST_OFFSET_MASK) + (start & granule - 1), end - start)
+    return Run(code, entry >> 9, end - start)
