@@ -19,8 +19,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from itertools import count
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import trio
 
+from .background import in_the_background
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -490,7 +490,7 @@ class InflateThreads:
             self._done.popleft()()
 
     def _work_in_thread(self) -> None:
-        with _in_the_background():
+        with in_the_background():
             self._work()
 
     def _work(self) -> None:
@@ -515,24 +515,6 @@ class InflateThreads:
                 return self._later.popleft()
             self._running -= 1
             return None
-
-
-@contextmanager
-def _in_the_background() -> Iterator[None]:
-    """Run the calling thread as one that drives nobody else off a processor when it wakes.
-
-    Whoever reads, and trio's thread that answers, need one for a moment only, and at once.
-    """
-    normal = os.sched_getscheduler(0) == os.SCHED_OTHER
-    if normal:
-        with suppress(OSError):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        if normal:
-            with suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class _Work(NamedTuple):

@@ -9,9 +9,10 @@ Rules that live here:
 - `Channel._drain` is a plain function: it answers requests in a burst, each with one read of the
   descriptor, one `read_nowait` or `write_nowait` of the image and one write, and never waits for
   the image. The data of a large READ are not copied here: they go from the page cache through a
-  pipe (`reply_pipe.py`), or from where the image keeps what it inflated. What cannot be answered
+  pipe (`large_replies.py`), or from where the image keeps what it inflated. What cannot be answered
   like this becomes a task of its own, with its own buffer: a WRITE that waits takes the receive
   buffer with it.
+- While replies are in pipes, nothing is done to a writable image: they refer to its pages.
 - Small replies are held back for a moment while requests are queuing, never while nothing is to be
   done (`_BUSY_STREAK`).
 - Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
@@ -36,6 +37,7 @@ from .buffers import BufferPool, ChannelStatistics
 from .disk import Disk
 from .errors import FailureLog
 from .forwarding import Forwarder
+from .large_replies import LargeReplies
 from .protocol import (
     MAX_WRITE,
     OUT_HEADER_SIZE,
@@ -45,7 +47,7 @@ from .protocol import (
     WRITE_DATA_OFFSET,
     error_reply,
 )
-from .reply_pipe import ReplyPipe
+from .second_thread import SecondThread
 from .statistics import SAMPLE_EVERY
 
 if TYPE_CHECKING:
@@ -141,7 +143,8 @@ class Channel:
         )
 
         self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, _SPARE_BUFFERS)
-        self._pipe = ReplyPipe(self._fd)
+        self._second = SecondThread()
+        self._large = LargeReplies(self._fd, self._second, self._unanswered)
         self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
         self._request = self._requests.take()
         self._reply_ring = [self._replies.take() for _ in range(_MOST_HELD)]
@@ -172,6 +175,7 @@ class Channel:
                         await self._room.park()
                     else:
                         await trio.lowlevel.checkpoint()
+        self._large.settle()
         await self._forwarder.settle()
 
     def stop(self) -> None:
@@ -206,6 +210,8 @@ class Channel:
         held: list[Buffer] = []
         message: Buffer | None
         streak = send_at = 0
+        large = self._large
+        in_pipes = False  # replies that are not sent yet
         request = self._request
         view = request.view
         vector = (view,)
@@ -223,6 +229,11 @@ class Channel:
                         self._send(held)
                         reply = ring[0]
                         continue
+                    if in_pipes:
+                        found = large.finish()
+                        in_pipes = writable and large.is_sending
+                        if found:
+                            continue
                     if self._tasks or forwarded:
                         return _IDLE
                     spins += 1
@@ -246,6 +257,12 @@ class Channel:
                 _, opcode, unique, _, offset, size = unpack(view)
                 if timed := not unique & _SAMPLE_MASK:
                     started = perf_counter_ns()
+                if in_pipes:
+                    if writable and opcode != READ:
+                        large.settle()
+                        in_pipes = False
+                    else:
+                        large.hand_over()
                 if opcode == READ:
                     if offset + size > disk_size:
                         size = self._disk.clip(offset, size)
@@ -266,6 +283,7 @@ class Channel:
                     read_bytes += size
                     if sent:
                         message = None
+                        in_pipes = True
                     else:
                         pack(filled, 0, OUT_HEADER_SIZE + size, 0, unique)
                         message = filled
@@ -295,7 +313,8 @@ class Channel:
                         return _FULL
                     continue
                 if message is None:
-                    pass
+                    if timed:
+                        large.finish()
                 elif streak <= _BUSY_STREAK or timed or size > _HELD_BYTES:
                     try:
                         write(fd, message)
@@ -312,6 +331,8 @@ class Channel:
                     add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
                 budget -= size >> _BUDGET_SHIFT
         finally:
+            if in_pipes:
+                large.settle() if writable else large.finish()
             self._send(held)
             statistics = self.statistics
             statistics.reads += reads
@@ -333,8 +354,8 @@ class Channel:
         """Answer a large READ from where its bytes are in memory. A plain function.
 
         Returns:
-            True: answered. False: it must wait, for what it needs is to be inflated. None: its
-            bytes are not to be had like this; read them.
+            True: answered, or in a pipe. False: it must wait, for what it needs is to be inflated.
+            None: its bytes are not to be had like this; read them.
         """
         access = self._disk.access
         header = protocol.OUT_HEADER.pack(OUT_HEADER_SIZE + size, 0, unique)
@@ -346,11 +367,7 @@ class Channel:
         ranges = access.cached_ranges(offset, size)
         if ranges is None:
             return None
-        try:
-            return self._pipe.send(header, ranges) or None
-        except OSError as error:
-            self._unanswered(error)
-            return True
+        return self._large.prepare(header, ranges) or None
 
     def _sleep(self) -> bool:
         """Wait a moment for a request, in the thread. A plain function.
@@ -537,7 +554,8 @@ class Channel:
     def give_back(self) -> None:
         """Put the real descriptor back where pyfuse3 reads, once its loop has ended."""
         self._disk.launder = None
+        self._large.close()
+        self._second.close()
         os.dup2(self._fd, self._session_fd, inheritable=False)
         os.close(self._fd)
-        self._pipe.close()
         self._forwarder.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from .protocol import MAX_WRITE
@@ -27,31 +27,31 @@ _PATIENCE = 16
 
 
 class ReplyPipe:
-    """Sends replies to a connection.
+    """Sends replies to a connection, one at a time. All methods are plain functions.
 
     Args:
         connection: The descriptor, an open /dev/fuse.
+        failed: Called with why the kernel refused a reply, as it does when the request was aborted.
     """
 
-    def __init__(self, connection: int) -> None:
+    def __init__(self, connection: int, failed: Callable[[OSError], None]) -> None:
         self._connection = connection
+        self._failed = failed
         self._output = self._input = -1
+        self._length = 0  # bytes of the reply that is in the pipe
         self._patience = _PATIENCE
 
-    def send(self, header: bytes, ranges: Iterable[FileRange]) -> bool:
-        """Send a reply. A plain function.
+    def fill(self, header: bytes, ranges: Iterable[FileRange]) -> bool:
+        """Put a reply into the pipe.
 
         Args:
             header: Of the reply, whose length counts the data.
             ranges: The data.
 
         Returns:
-            False: nothing was sent, and nothing is lost.
-
-        Raises:
-            OSError: The kernel refused it, as it does when the request was aborted.
+            Whether it can be sent; if not, nothing is in the pipe.
         """
-        if not self._patience or (self._input < 0 and not self._open()):
+        if not self.open():
             return False
         try:
             total = os.write(self._input, header)
@@ -65,12 +65,16 @@ class ReplyPipe:
             self.close()  # with what is in it
             return False
         self._patience = _PATIENCE
-        try:
-            os.splice(self._output, self._connection, total)
-        except OSError:
-            self.close()
-            raise
+        self._length = total
         return True
+
+    def send(self) -> None:
+        """Send the reply that is in the pipe."""
+        try:
+            os.splice(self._output, self._connection, self._length)
+        except OSError as error:
+            self.close()
+            self._failed(error)
 
     def close(self) -> None:
         """Close the pipe; the next reply opens another."""
@@ -79,7 +83,10 @@ class ReplyPipe:
             os.close(self._input)
             self._output = self._input = -1
 
-    def _open(self) -> bool:
+    def open(self) -> bool:
+        """Open the pipe if it is not, and if that may be of use."""
+        if self._input >= 0 or not self._patience:
+            return self._patience > 0
         try:
             self._output, self._input = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:

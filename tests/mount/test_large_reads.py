@@ -9,19 +9,31 @@ import mmap
 import os
 import random
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from imagofs.fuse import protocol
+from imagofs.fuse.channel import Channel
+from imagofs.fuse.large_replies import LargeReplies
 from imagofs.fuse.reply_pipe import ReplyPipe
 from imagofs.reading import FileRange
+from imagofs.storage import syscalls
 from tests import qemu
 from tests.mount.conftest import random_bytes
 from tests.mount.mounting import Mounted, MountImage
 
 MIB = 1 << 20
 KIB = 1 << 10
+
+
+def fail(error: OSError) -> None:
+    raise AssertionError from error
 
 
 # --- the pipe -------------------------------------------------------------------------------------
@@ -49,12 +61,13 @@ def file(tmp_path: Path) -> Iterator[int]:
 
 def test_a_reply(ends: tuple[socket.socket, socket.socket], file: int) -> None:
     here, there = ends
-    pipe = ReplyPipe(here.fileno())
+    pipe = ReplyPipe(here.fileno(), fail)
     data = random_bytes(200 * KIB)
     for places in ([(0, 100_000)], [(4096, 8192), (0, 4096), (5, 50_000)], [(3, 7)] * 60):
         ranges = [FileRange(file, offset, length) for offset, length in places]
         expected = b"header" + b"".join(data[offset:][:length] for offset, length in places)
-        assert pipe.send(b"header", ranges)
+        assert pipe.fill(b"header", ranges)
+        pipe.send()
         assert there.recv(len(expected), socket.MSG_WAITALL) == expected
     pipe.close()
     pipe.close()
@@ -64,33 +77,36 @@ def test_what_cannot_be_filled_sends_nothing(
     ends: tuple[socket.socket, socket.socket], file: int
 ) -> None:
     here, there = ends
-    pipe = ReplyPipe(here.fileno())
+    pipe = ReplyPipe(here.fileno(), fail)
     first = FileRange(file, 0, 5000)
     for bad in (
         FileRange(file, 199 * KIB, 2 * KIB),  # the file ends before
         FileRange(here.fileno(), 0, 1),  # not a file
     ):
-        assert not pipe.send(b"header", [first, bad])
+        assert not pipe.fill(b"header", [first, bad])
     # More than the pipe has room for.
-    assert not pipe.send(b"header", [FileRange(file, 1, 4096)] * 1000)
-    assert pipe.send(b"again", [first])
+    assert not pipe.fill(b"header", [FileRange(file, 1, 4096)] * 1000)
+    assert pipe.fill(b"again", [first])
+    pipe.send()
     assert there.recv(5005, socket.MSG_WAITALL) == b"again" + random_bytes(200 * KIB)[:5000]
     there.setblocking(False)
     with pytest.raises(BlockingIOError):
         there.recv(1)
     for _ in range(16):
-        assert not pipe.send(b"header", [FileRange(here.fileno(), 0, 1)])
-    assert not pipe.send(b"header", [first]), "it gave up"
+        assert not pipe.fill(b"header", [FileRange(here.fileno(), 0, 1)])
+    assert not pipe.fill(b"header", [first]), "it gave up"
     pipe.close()
 
 
 def test_a_reply_that_is_refused(ends: tuple[socket.socket, socket.socket], file: int) -> None:
     here, there = ends
-    pipe = ReplyPipe(here.fileno())
+    errors: list[OSError] = []
+    pipe = ReplyPipe(here.fileno(), errors.append)
     there.close()
-    for _ in range(3):
-        with pytest.raises(BrokenPipeError):
-            pipe.send(b"header", [FileRange(file, 0, 5000)])
+    for count in range(1, 4):
+        assert pipe.fill(b"header", [FileRange(file, 0, 5000)])
+        pipe.send()
+        assert [error.errno for error in errors] == [errno.EPIPE] * count
     pipe.close()
 
 
@@ -107,11 +123,168 @@ def test_no_pipe_or_none_of_that_size(
     before = os.listdir("/proc/self/fd")
     with monkeypatch.context() as patched:
         patched.setattr(os if refused == "pipe2" else fcntl, refused, refuse)
-        pipe = ReplyPipe(ends[0].fileno())
-        assert not pipe.send(b"header", [FileRange(file, 0, 5000)])
+        pipe = ReplyPipe(ends[0].fileno(), fail)
+        assert not pipe.fill(b"header", [FileRange(file, 0, 5000)])
     assert os.listdir("/proc/self/fd") == before
-    assert pipe.send(b"header", [FileRange(file, 0, 5000)]) is (refused == "pipe2")
+    assert pipe.fill(b"header", [FileRange(file, 0, 5000)]) is (refused == "pipe2")
     pipe.close()
+
+
+# --- two of them ----------------------------------------------------------------------------------
+
+
+class Second:
+    """In the second thread's place: what is given waits until `work` or `take_back`."""
+
+    def __init__(self) -> None:
+        self.given: list[Callable[[], None]] = []
+        self.takes_any = True
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.given)
+
+    def give(self, work: Callable[[], None]) -> bool:
+        if self.given or not self.takes_any:
+            return False
+        self.given.append(work)
+        return True
+
+    def work(self) -> bool:
+        if not self.given:
+            return False
+        self.given.pop()()
+        return True
+
+    take_back = settle = work
+
+
+@pytest.fixture
+def replies(ends: tuple[socket.socket, socket.socket]) -> Iterator[tuple[LargeReplies, Second]]:
+    second = Second()
+    replies = LargeReplies(ends[0].fileno(), second, fail)  # type: ignore[arg-type]
+    yield replies, second
+    replies.close()
+
+
+def received(there: socket.socket) -> bytes:
+    """What has come, of which each reply is two bytes."""
+    there.setblocking(False)
+    try:
+        return there.recv(1000)
+    except BlockingIOError:
+        return b""
+
+
+def test_a_reply_that_nothing_follows(
+    ends: tuple[socket.socket, socket.socket], file: int, replies: tuple[LargeReplies, Second]
+) -> None:
+    large, second = replies
+    assert not large.finish()
+    assert large.prepare(b"1", [FileRange(file, 0, 1)])
+    assert received(ends[1]) == b""
+    assert large.finish()
+    assert received(ends[1]) == b"1" + random_bytes(200 * KIB)[:1]
+    assert not large.finish()
+    assert not second.given
+
+
+def test_a_reply_that_another_follows(
+    ends: tuple[socket.socket, socket.socket], file: int, replies: tuple[LargeReplies, Second]
+) -> None:
+    large, second = replies
+    byte = random_bytes(200 * KIB)[:1]
+    large.hand_over()
+    assert not second.given, "there is none"
+    for taken_back in (False, True):
+        assert large.prepare(b"1", [FileRange(file, 0, 1)])
+        large.hand_over()
+        assert large.is_sending
+        assert received(ends[1]) == b""
+        assert large.prepare(b"2", [FileRange(file, 0, 1)])
+        if not taken_back:
+            assert second.work()
+            assert received(ends[1]) == b"1" + byte
+        assert large.finish()
+        assert received(ends[1]) == b"2" + byte + (b"1" + byte if taken_back else b"")
+        assert not large.is_sending
+
+
+def test_more_replies_than_the_second_thread_takes(
+    ends: tuple[socket.socket, socket.socket], file: int, replies: tuple[LargeReplies, Second]
+) -> None:
+    large, second = replies
+    byte = random_bytes(200 * KIB)[:1]
+    for number in (b"1", b"2", b"3"):
+        assert large.prepare(number, [FileRange(file, 0, 1)])
+        large.hand_over()
+    assert received(ends[1]) == b"2" + byte + b"3" + byte
+    large.settle()
+    assert received(ends[1]) == b"1" + byte
+    second.takes_any = False
+    assert large.prepare(b"4", [FileRange(file, 0, 1)])
+    large.hand_over()
+    assert received(ends[1]) == b"4" + byte
+    assert not large.prepare(b"5", [FileRange(file, MIB, 1)])
+    large.hand_over()
+    large.settle()
+    assert received(ends[1]) == b""
+
+
+# --- the channel ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_nothing_is_changed_before_what_was_read_is_sent(file: int, writable: bool) -> None:
+    kernel, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kernel.setblocking(False)
+    length = 128 * KIB
+    sent: list[bytes] = []
+
+    def receive() -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent.append(kernel.recv(MIB))
+
+    def write_nowait(view: memoryview, offset: int) -> bool:
+        receive()
+        sent.append(b"changed")
+        return True
+
+    access = SimpleNamespace(
+        lend_nowait=lambda *_: None,
+        cached_ranges=lambda *_: [FileRange(file, 0, 1)],  # or the socket would be full
+        read_nowait=None,
+        write_nowait=write_nowait,
+    )
+    disk: Any = SimpleNamespace(access=access, size=MIB, writable=writable, launder=None)
+    channel = Channel(
+        session.fileno(),
+        disk,
+        inode=2,
+        amendments=protocol.Amendments(0, 0, 16),
+        open_flags=0,
+        negotiated=lambda _: None,
+    )
+    second: Any = Second()
+    channel._large = LargeReplies(channel._fd, second, fail)
+    for unique, opcode in ((2, protocol.READ), (4, protocol.READ), (6, protocol.WRITE)):
+        if opcode == protocol.READ or writable:
+            head = protocol.DATA_IN.pack(0, opcode, unique, 0, 0, length)
+            kernel.send(head.ljust(protocol.WRITE_DATA_OFFSET) + bytes(length * (unique == 6)))
+    channel._drain()
+    receive()
+    channel.give_back()
+
+    def reply(unique: int) -> bytes:
+        return protocol.OUT_HEADER.pack(16 + length, 0, unique) + random_bytes(200 * KIB)[:1]
+
+    # The first one waits in vain for the second thread.
+    both = reply(4) + reply(2)
+    changed = b"changed" + protocol.written_reply(6, length)
+    assert b"".join(sent) == both + (changed if writable else b"")
+    kernel.close()
+    session.close()
 
 
 # --- mounts ---------------------------------------------------------------------------------------
@@ -227,3 +400,69 @@ def test_a_raw_file_that_others_cut_short(mount: MountImage, raw_image: Path) ->
     with pytest.raises(OSError, match="Input/output error"):
         read_direct(mounted, 4 * MIB, 512 * KIB)
     assert read_direct(mounted, 3 * MIB, MIB) == data[3 * MIB : 4 * MIB]
+
+
+def test_both_processors_take_part(mount: MountImage, raw_image: Path) -> None:
+    data = raw_image.read_bytes()
+    mounted = mount(raw_image)
+    tasks = Path(f"/proc/{mounted.pid}/task")
+
+    def read(seed: int) -> None:
+        order = random.Random(seed)
+        for _ in range(40):
+            length = order.choice([128 * KIB, 512 * KIB, 3 * MIB])
+            offset = order.randrange(0, len(data) - length, 512)
+            assert read_direct(mounted, offset, length) == data[offset : offset + length]
+
+    before = len(os.listdir(tasks))
+    with ThreadPoolExecutor(6) as readers:
+        list(readers.map(read, range(6)))
+    processors = len(os.sched_getaffinity(mounted.pid))
+    assert len(os.listdir(tasks)) - before == (processors > 1)
+
+
+def test_reads_amid_changes(mount: MountImage, tmp_path: Path) -> None:
+    """Clusters are given up and used for something else all the time."""
+    size = 24 * MIB
+    image = qemu.create(tmp_path / "disk.qcow2", size)
+    mounted = mount(image, "rw")
+    block = 64 * KIB
+    ended = threading.Event()
+    wrong: list[str] = []
+
+    def content(number: int) -> bytes:
+        return number.to_bytes(4, "big") * (block // 4)
+
+    def change(seed: int) -> None:
+        order = random.Random(seed)
+        with open(mounted.file, "r+b", buffering=0) as disk:
+            for _ in range(200):
+                first = order.randrange(size // block - 16)
+                hole = order.randrange(size // block - 16)
+                syscalls.punch_hole(disk.fileno(), hole * block, 16 * block)
+                disk.seek(first * block)
+                disk.write(b"".join(content(first + n + 1) for n in range(16)))
+                os.fsync(disk.fileno())  # what was freed may be used again
+
+    def read(seed: int) -> None:
+        order = random.Random(seed)
+        allowed = {number: (content(number + 1), bytes(block)) for number in range(size // block)}
+        while not ended.is_set():
+            first = order.randrange(size // block - 32)
+            data = read_direct(mounted, first * block, 32 * block)
+            for number in range(32):
+                part = data[number * block : (number + 1) * block]
+                if part not in allowed[first + number]:
+                    wrong.append(f"block {first + number} has {set(part)}")
+
+    with ThreadPoolExecutor(5) as pool:
+        readers = [pool.submit(read, seed) for seed in range(3)]
+        changers = [pool.submit(change, seed) for seed in range(2)]
+        for changer in changers:
+            changer.result()
+        ended.set()
+        for reader in readers:
+            reader.result()
+    assert not wrong
+    mounted.umount()
+    qemu.check(image)

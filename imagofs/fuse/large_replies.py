@@ -1,0 +1,92 @@
+"""Large replies: the kernel copies one in a second thread, while the next is made ready.
+
+To take a reply out of its pipe the kernel copies all of it, which takes longer than everything else
+that a large READ needs. So, if another request is there by then, a second thread does it, and both
+of two processors work for a reader that would wait for one of them.
+
+What is in a pipe are the pages themselves: who changes them, or gives them to somebody else,
+changes the reply. So nothing may be done to a writable image before `settle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from .reply_pipe import ReplyPipe
+
+if TYPE_CHECKING:
+    from ..reading import FileRange
+    from .second_thread import SecondThread
+
+__all__ = ["LargeReplies"]
+
+
+class LargeReplies:
+    """Sends replies whose data are in the page cache. All methods are plain functions.
+
+    Args:
+        connection: The descriptor, an open /dev/fuse.
+        second: The thread.
+        failed: Called with why a reply could not be sent, in either thread.
+    """
+
+    def __init__(
+        self, connection: int, second: SecondThread, failed: Callable[[OSError], None]
+    ) -> None:
+        self._second = second
+        self._pipe = ReplyPipe(connection, failed)
+        self._other = ReplyPipe(connection, failed)  # the second thread's
+        self._prepared = False  # a reply is in `_pipe`
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a reply was handed over and is not sent yet."""
+        return self._second.is_busy
+
+    def prepare(self, header: bytes, ranges: Iterable[FileRange]) -> bool:
+        """Make a reply ready. `hand_over` or `finish` must be called before the next.
+
+        Args:
+            header: Of the reply, whose length counts the data.
+            ranges: The data.
+
+        Returns:
+            False: nothing was, or will be, sent.
+        """
+        self._prepared = self._pipe.fill(header, ranges)
+        return self._prepared
+
+    def hand_over(self) -> None:
+        """Let the second thread send what was prepared, if it has sent the last."""
+        if not self._prepared:
+            return
+        self._prepared = False
+        # Without another pipe the next reply would be copied.
+        if self._other.open() and self._second.give(self._pipe.send):
+            self._pipe, self._other = self._other, self._pipe
+        else:
+            self._pipe.send()
+
+    def finish(self) -> bool:
+        """Send what was prepared, and what was handed over if the thread has not begun with it.
+
+        Returns:
+            Whether there was anything.
+        """
+        prepared = self._prepared
+        if prepared:
+            self._prepared = False
+            self._pipe.send()
+        return self._second.take_back() or prepared
+
+    def settle(self) -> None:
+        """Return when all is sent."""
+        self.finish()
+        self._second.settle()
+
+    def close(self) -> None:
+        """Close the pipes, once all is sent."""
+        self.settle()
+        self._pipe.close()
+        self._other.close()
