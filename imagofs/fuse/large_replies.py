@@ -2,7 +2,8 @@
 
 To take a reply out of its pipe the kernel copies all of it, which takes longer than everything else
 that a large READ needs. So, if another request is there by then, a second thread does it, and both
-of two processors work for a reader that would wait for one of them.
+of two processors work for a reader that would wait for one of them. To look for that request takes
+a moment: for who reads alone, in pieces of one READ, it is done now and then only.
 
 What is in a pipe are the pages themselves: who changes them, or gives them to somebody else,
 changes the reply. So nothing may be done to a writable image before `settle`.
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LargeReplies"]
 
+#: After so many replies in turn that nothing followed, as many are sent at once before the next
+#: that waits for another request.
+_ALONE = 4
+_SENT_AT_ONCE = 16
+
 
 class LargeReplies:
     """Sends replies whose data are in the page cache. All methods are plain functions.
@@ -38,6 +44,7 @@ class LargeReplies:
         self._pipe = ReplyPipe(connection, failed)
         self._other = ReplyPipe(connection, failed)  # the second thread's
         self._prepared = False  # a reply is in `_pipe`
+        self._alone = 0  # replies in turn that nothing followed, or that were sent at once
 
     @property
     def is_sending(self) -> bool:
@@ -45,7 +52,7 @@ class LargeReplies:
         return self._second.is_busy
 
     def prepare(self, header: bytes, ranges: Iterable[FileRange]) -> bool:
-        """Make a reply ready. `hand_over` or `finish` must be called before the next.
+        """Make a reply ready, or send it. `hand_over` or `finish` must be called before the next.
 
         Args:
             header: Of the reply, whose length counts the data.
@@ -54,14 +61,23 @@ class LargeReplies:
         Returns:
             False: nothing was, or will be, sent.
         """
-        self._prepared = self._pipe.fill(header, ranges)
-        return self._prepared
+        if not self._pipe.fill(header, ranges):
+            return False
+        if self._alone < _ALONE:
+            self._prepared = True
+        else:
+            self._pipe.send()
+            self._alone += 1
+            if self._alone == _ALONE + _SENT_AT_ONCE:
+                self._alone = _ALONE - 1
+        return True
 
     def hand_over(self) -> None:
         """Let the second thread send what was prepared, if it has sent the last."""
         if not self._prepared:
             return
         self._prepared = False
+        self._alone = 0
         # Without another pipe the next reply would be copied.
         if self._other.open() and self._second.give(self._pipe.send):
             self._pipe, self._other = self._other, self._pipe
@@ -77,6 +93,7 @@ class LargeReplies:
         prepared = self._prepared
         if prepared:
             self._prepared = False
+            self._alone += 1
             self._pipe.send()
         return self._second.take_back() or prepared
 

@@ -231,6 +231,31 @@ def test_more_replies_than_the_second_thread_takes(
     assert received(ends[1]) == b""
 
 
+def test_who_reads_alone_waits_for_nobody(
+    ends: tuple[socket.socket, socket.socket], file: int, replies: tuple[LargeReplies, Second]
+) -> None:
+    large, second = replies
+    waited: list[bool] = []
+    for number in range(100):
+        assert large.prepare(b"1", [FileRange(file, 0, 1)])
+        waited.append(received(ends[1]) == b"")
+        if waited[-1] and number > 80:
+            break
+        large.finish()
+        received(ends[1])
+    assert waited[:4] == [True] * 4
+    assert waited[4:].index(True) == 16, "it looks again"
+    assert sum(waited[4:]) == (len(waited) - 4) // 17
+    # From then on others are expected.
+    for _ in range(3):
+        large.hand_over()
+        assert second.work()
+        assert large.prepare(b"1", [FileRange(file, 0, 1)])
+        assert large.finish()
+        assert large.prepare(b"1", [FileRange(file, 0, 1)])
+    assert len(received(ends[1])) == 6 * 2
+
+
 # --- the channel ----------------------------------------------------------------------------------
 
 
