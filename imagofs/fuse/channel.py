@@ -73,7 +73,7 @@ _LARGE_BYTES = 128 << 10
 #: the descriptor was looked at, small replies are held back and sent together: whoever is woken by
 #: the first finds the others, too. They are sent at once when nothing more is there to be done.
 _BUSY_STREAK = 3
-_MOST_HELD = 6
+_MOST_HELD = 8
 _HELD_BYTES = 16 << 10  # of data in one reply
 _HELD_NANOSECONDS = 100_000  # after the first, when another one joins it
 #: How often the descriptor is looked at before the channel sleeps; and how long it then sleeps
