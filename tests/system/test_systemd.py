@@ -24,6 +24,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("systemd")
 
 
+def ended(pid: str) -> str:
+    """Shell commands that fail if a process runs. It may have ended and not be reaped yet."""
+    return f"if grep -qs '^State:.[^ZX]' /proc/{pid}/status; then exit 1; fi"
+
+
 def name_of(test: str, folder: Path) -> str:
     """An instance's name that no other run has: loop devices are the whole kernel's."""
     return f"{test}-{folder.parent.name}".replace("_", "")
@@ -111,7 +116,7 @@ def test_mount(machine: Machine, folder: Path) -> None:
     machine.sh(f"kill -HUP {pid}; kill -USR1 {pid}; head -c 1 {point}/*.raw")
     machine.systemctl("stop", unit)
     assert point not in machine.mounts()
-    machine.sh(f"if kill -0 {pid}; then exit 1; fi")
+    machine.sh(ended(pid))
     assert machine.show(unit, "Result") == "success"
     lines = machine.journal(unit)
     assert is_calm(lines), lines
@@ -314,7 +319,7 @@ def test_mount_unit_without_options(machine: Machine, folder: Path) -> None:
     assert machine.show("mnt-bare.mount", "ActiveState") == "deactivating"
     machine.sh(f"kill -CONT {daemon}")
     machine.wait_for("mnt-bare.mount", "ActiveState", "inactive")
-    machine.sh(f"if kill -0 {daemon}; then exit 1; fi")
+    machine.sh(ended(daemon))
     assert machine.show("mnt-bare.mount", "Result") == "success"
     assert qemu.contents(image)[:4] == b"data"
 
@@ -326,7 +331,7 @@ def test_umount_of_a_service(machine: Machine, folder: Path) -> None:
     machine.configure(name, IMAGE=qemu.create(folder / "umount.qcow2", "1M"), OPTIONS="rw")
     machine.systemctl("start", unit)
     daemon = machine.show(unit, "MainPID")
-    machine.sh(f"umount {point}; if kill -0 {daemon}; then exit 1; fi")
+    machine.sh(f"umount {point}; {ended(daemon)}")
     machine.wait_for(unit, "ActiveState", "inactive")
     machine.systemctl("start", unit)
     machine.sh(f"grep -F TARGET={point} /run/mount/utab")
