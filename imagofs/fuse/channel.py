@@ -57,9 +57,9 @@ __all__ = ["Channel"]
 
 log = logging.getLogger(__name__)
 
-#: Work that one burst may do before others get a turn: a request counts 1, and 1 for each 128 KiB.
+#: Work that one burst may do before others get a turn: a request counts 1, and 1 for each 256 KiB.
 _BUDGET = 64
-_BUDGET_SHIFT = 17
+_BUDGET_SHIFT = 18
 #: Tasks that may wait at the same time, and the bytes of their buffers.
 _TASK_LIMIT = 512
 _TASK_BYTES = 32 << 20
@@ -211,7 +211,7 @@ class Channel:
         message: Buffer | None
         streak = send_at = 0
         large = self._large
-        in_pipes = False  # replies that are not sent yet
+        in_pipes = large.is_sending  # replies that are not sent yet
         request = self._request
         view = request.view
         vector = (view,)
@@ -332,7 +332,7 @@ class Channel:
                 budget -= size >> _BUDGET_SHIFT
         finally:
             if in_pipes:
-                large.settle() if writable else large.finish()
+                large.settle() if writable else large.hand_over()
             self._send(held)
             statistics = self.statistics
             statistics.reads += reads

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from imagofs.fuse import protocol
+from imagofs.fuse import channel, protocol
 from imagofs.fuse.channel import Channel
 from imagofs.fuse.large_replies import LargeReplies
 from imagofs.fuse.reply_pipe import ReplyPipe
@@ -259,57 +259,94 @@ def test_who_reads_alone_waits_for_nobody(
 # --- the channel ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("writable", [True, False])
-def test_nothing_is_changed_before_what_was_read_is_sent(file: int, writable: bool) -> None:
-    kernel, session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    kernel.setblocking(False)
-    length = 128 * KIB
-    sent: list[bytes] = []
+class Kernel:
+    """In the kernel's place: sends requests to a channel of its own, and takes the replies."""
 
-    def receive() -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sent.append(kernel.recv(MIB))
+    LENGTH = 128 * KIB
 
-    def write_nowait(view: memoryview, offset: int) -> bool:
-        receive()
-        sent.append(b"changed")
+    def __init__(self, file: int, *, writable: bool) -> None:
+        self._socket, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        self._file = file
+        #: The replies, and between them what was done to the image.
+        self.seen: list[bytes] = []
+        access = SimpleNamespace(
+            lend_nowait=lambda *_: None,
+            cached_ranges=lambda *_: [FileRange(file, 0, 1)],  # or the socket would be full
+            read_nowait=None,
+            write_nowait=self._write_nowait,
+        )
+        disk: Any = SimpleNamespace(access=access, size=MIB, writable=writable, launder=None)
+        self.channel = Channel(
+            self._session.fileno(),
+            disk,
+            inode=2,
+            amendments=protocol.Amendments(0, 0, 16),
+            open_flags=0,
+            negotiated=lambda _: None,
+        )
+        second: Any = Second()
+        self.channel._large = LargeReplies(self.channel._fd, second, fail)
+
+    def _write_nowait(self, view: memoryview, offset: int) -> bool:
+        self.receive()
+        self.seen.append(b"changed")
         return True
 
-    access = SimpleNamespace(
-        lend_nowait=lambda *_: None,
-        cached_ranges=lambda *_: [FileRange(file, 0, 1)],  # or the socket would be full
-        read_nowait=None,
-        write_nowait=write_nowait,
-    )
-    disk: Any = SimpleNamespace(access=access, size=MIB, writable=writable, launder=None)
-    channel = Channel(
-        session.fileno(),
-        disk,
-        inode=2,
-        amendments=protocol.Amendments(0, 0, 16),
-        open_flags=0,
-        negotiated=lambda _: None,
-    )
-    second: Any = Second()
-    channel._large = LargeReplies(channel._fd, second, fail)
-    for unique, opcode in ((2, protocol.READ), (4, protocol.READ), (6, protocol.WRITE)):
-        if opcode == protocol.READ or writable:
-            head = protocol.DATA_IN.pack(0, opcode, unique, 0, 0, length)
-            kernel.send(head.ljust(protocol.WRITE_DATA_OFFSET) + bytes(length * (unique == 6)))
-    channel._drain()
-    receive()
-    channel.give_back()
+    def send(self, unique: int, opcode: int) -> None:
+        head = protocol.DATA_IN.pack(0, opcode, unique, 0, 0, self.LENGTH)
+        data = bytes(self.LENGTH) if opcode == protocol.WRITE else b""
+        self._socket.send(head.ljust(protocol.WRITE_DATA_OFFSET) + data)
 
-    def reply(unique: int) -> bytes:
-        return protocol.OUT_HEADER.pack(16 + length, 0, unique) + random_bytes(200 * KIB)[:1]
+    def receive(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.seen.append(self._socket.recv(MIB))
 
-    # The first one waits in vain for the second thread.
-    both = reply(4) + reply(2)
-    changed = b"changed" + protocol.written_reply(6, length)
-    assert b"".join(sent) == both + (changed if writable else b"")
-    kernel.close()
-    session.close()
+    def reply(self, unique: int) -> bytes:
+        """What a READ is answered with."""
+        header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER_SIZE + self.LENGTH, 0, unique)
+        return header + os.pread(self._file, 1, 0)
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.give_back()
+        self._socket.close()
+        self._session.close()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_nothing_is_changed_before_what_was_read_is_sent(file: int, writable: bool) -> None:
+    with Kernel(file, writable=writable) as kernel:
+        kernel.send(2, protocol.READ)
+        kernel.send(4, protocol.READ)
+        if writable:
+            kernel.send(6, protocol.WRITE)
+        kernel.channel._drain()
+        kernel.receive()
+        # The first one waits in vain for the second thread.
+        both = kernel.reply(4) + kernel.reply(2)
+        changed = b"changed" + protocol.written_reply(6, kernel.LENGTH)
+        assert b"".join(kernel.seen) == both + (changed if writable else b"")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_in_a_pipe_when_a_burst_ends(
+    file: int, writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "_BUDGET", 1)
+    with Kernel(file, writable=writable) as kernel:
+        kernel.send(2, protocol.READ)
+        assert kernel.channel._drain() == channel._MORE
+        kernel.receive()
+        # Others, who get a turn now, may change a writable image.
+        assert kernel.seen == ([kernel.reply(2)] if writable else [])
+        # The second thread has not begun with what it was given.
+        kernel.channel._drain()
+        kernel.receive()
+        assert kernel.seen == [kernel.reply(2)]
 
 
 # --- mounts ---------------------------------------------------------------------------------------
