@@ -19,7 +19,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from itertools import count
@@ -339,9 +339,9 @@ class InflatedCache:
         self._enter(key, own)
         return own
 
-    def __contains__(self, key: int) -> bool:
-        """Whether a cluster is kept at `key`, used or not."""
-        return key in self.young or key in self._old or key in self.ahead
+    def kept(self, keys: range) -> set[int]:
+        """Those of `keys` that a cluster is kept at, used or not."""
+        return self.young.keys() & keys | self._old.keys() & keys | self.ahead.keys() & keys
 
     def put(self, key: int, data: bytes) -> None:
         """Keep `data` at `key`, in the place of what was there."""
@@ -362,19 +362,33 @@ class InflatedCache:
         self.young[key] = data
         self._young_bytes += cost
 
-    def put_ahead(self, key: int, data: Inflated) -> None:
-        """Keep `data` at `key` until something newer needs the room.
+    def put_inflated(self, clusters: Mapping[int, Inflated], *, ahead: bool) -> None:
+        """Keep clusters by their keys: as `put_ahead` does, or else each as `put` does."""
+        if ahead:
+            self.put_ahead(clusters)
+        else:
+            for key, data in clusters.items():
+                self.put(key, bytes(data))
 
-        Clusters that share memory are put one after the other: so they leave, and it is free.
+    def put_ahead(self, clusters: Mapping[int, Inflated]) -> None:
+        """Keep clusters by their keys until something newer needs the room.
+
+        Those that share memory are put together: so they leave, and it is free.
         """
-        self.drop(key)
-        self.ahead[key] = data
-        self._ahead_bytes += _cost(data)
-        while self._ahead_bytes > self.ahead_limit and len(self.ahead) > 1:
-            oldest = next(iter(self.ahead))
-            left = self._drop_ahead(oldest)
-            if left is not None and self._used_bytes + _cost(left) <= self._used_limit:
-                self._used_bytes += _cost(left)
+        for kept in (self.young, self._old, self.ahead):
+            if not kept.keys().isdisjoint(clusters):
+                for key in clusters:
+                    self.drop(key)
+        ahead = self.ahead
+        ahead.update(clusters)
+        self._ahead_bytes += sum(map(len, clusters.values())) + len(clusters) * _ENTRY_OVERHEAD
+        while self._ahead_bytes > self.ahead_limit and len(ahead) > 1:
+            oldest = next(iter(ahead))
+            left = ahead.pop(oldest)
+            cost = _cost(left)
+            self._ahead_bytes -= cost
+            if self._used_bytes + cost <= self._used_limit:
+                self._used_bytes += cost
                 self._old[oldest] = left
 
     def drop(self, key: int) -> None:
@@ -386,7 +400,9 @@ class InflatedCache:
         old = self._old.pop(key, None)
         if old is not None:
             self._used_bytes -= _cost(old)
-        self._drop_ahead(key)
+        ahead = self.ahead.pop(key, None)
+        if ahead is not None:
+            self._ahead_bytes -= _cost(ahead)
 
     def drop_range(self, first_key: int, keys: int) -> None:
         """Forget the clusters at `keys` consecutive keys, in time bounded by what is cached."""
@@ -421,12 +437,6 @@ class InflatedCache:
     def drop_buffers(self) -> None:
         """Keep no buffers to be used again."""
         self._buffers.clear()
-
-    def _drop_ahead(self, key: int) -> Inflated | None:
-        data = self.ahead.pop(key, None)
-        if data is not None:
-            self._ahead_bytes -= _cost(data)
-        return data
 
 
 def _cost(data: Inflated) -> int:

@@ -141,14 +141,14 @@ class Disk:
             compression_type,
             self.cache,
             "disk.qcow2",
-            descriptor_nowait=self._descriptor_nowait,
+            descriptors_nowait=self._descriptors_nowait,
             descriptor=self._descriptor,
             begin_io=self._begin_io,
             end_io=self._end_io,
         )
 
-    def _descriptor_nowait(self, cluster: int) -> int | None:
-        return None if cluster in self.on_disk else self.entries.get(cluster)
+    def _descriptors_nowait(self, clusters: range) -> list[int]:
+        return [0 if c in self.on_disk else self.entries.get(c, 0) for c in clusters]
 
     async def _descriptor(self, cluster: int) -> int:
         self.loads.append(cluster)
@@ -321,7 +321,7 @@ async def test_descriptors_parsed_by_hand(tmp_path: Path, plain: Path, compressi
         header.compression_type,
         InflatedCache(),
         "image.qcow2",
-        descriptor_nowait=entries.get,
+        descriptors_nowait=lambda clusters: [entries.get(cluster, 0) for cluster in clusters],
         descriptor=load,
         begin_io=lambda: 0,
         end_io=lambda token: None,

@@ -28,7 +28,7 @@ from ...inflating import (
 from ...sequential import SequentialReads
 from ...vectors import copy_into, total_length
 from .entries import CompressedRange, compressed_range
-from .inflate_jobs import InflateJob, Piece
+from .inflate_jobs import InflateJob
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -70,9 +70,9 @@ class CompressedClusters:
         compression_type: 0 for deflate, 1 for zstd.
         cache: Where inflated clusters are kept; shared by the chain.
         filename: For error messages.
-        descriptor_nowait: Returns the L2 entry (its 64 bits) of a guest cluster if that is in
-            memory and compressed, else None.
-        descriptor: Returns it, loaded if need be, or 0 if the cluster is not compressed.
+        descriptors_nowait: Returns the L2 entry (its 64 bits) of each of some guest clusters, or 0
+            if it is not in memory or the cluster not compressed.
+        descriptor: Returns that of one, loaded if need be, or 0 if it is not compressed.
         begin_io: Keeps host clusters from being reused until `end_io`; returns its token.
         end_io: See `begin_io`.
     """
@@ -85,7 +85,7 @@ class CompressedClusters:
         cache: InflatedCache,
         filename: str | None,
         *,
-        descriptor_nowait: Callable[[int], int | None],
+        descriptors_nowait: Callable[[range], list[int]],
         descriptor: Callable[[int], Awaitable[int]],
         begin_io: Callable[[], int],
         end_io: Callable[[int], None],
@@ -106,7 +106,7 @@ class CompressedClusters:
         self._cache = cache
         self._namespace = cache.namespace()
         self._filename = filename
-        self._descriptor_nowait = descriptor_nowait
+        self._descriptors_nowait = descriptors_nowait
         self._descriptor = descriptor
         self._begin_io = begin_io
         self._end_io = end_io
@@ -150,11 +150,17 @@ class CompressedClusters:
 
     def lend_nowait(self, guest_offset: int, length: int) -> list[Buffer]:
         """The range as it lies in memory; empty if a cluster is not inflated. A plain function."""
+        first = guest_offset >> self._cluster_bits
         last = guest_offset + length - 1 >> self._cluster_bits
+        keys = range(self._namespace + first, self._namespace + last + 1)
+        ahead = [data for data in map(self._cache.ahead.get, keys) if data is not None]
+        if len(ahead) == len(keys):  # as it mostly is for who reads on and on
+            self._read_ahead(first, len(keys), missed=False)
+            return self._cut(ahead, guest_offset, length)
         found: dict[int, Inflated] = {}
-        if self._take(range(guest_offset >> self._cluster_bits, last + 1), found):
+        if self._take(range(first, last + 1), found):
             return []
-        return self._parts(found, guest_offset, length)
+        return self._cut(found.values(), guest_offset, length)
 
     async def lend(self, guest_offset: int, length: int) -> list[Buffer]:
         """As `lend_nowait`, once all is inflated.
@@ -163,8 +169,10 @@ class CompressedClusters:
             As `readv`.
         """
         last = guest_offset + length - 1 >> self._cluster_bits
-        found = await self._inflated(guest_offset >> self._cluster_bits, last)
-        return self._parts(found, guest_offset, length)
+        first = guest_offset >> self._cluster_bits
+        found = await self._inflated(first, last)
+        parts = [found[cluster] for cluster in range(first, last + 1)]
+        return self._cut(parts, guest_offset, length)
 
     async def readv(self, views: Sequence[memoryview], guest_offset: int) -> None:
         """Fill the flat `views` from a range of one or more compressed clusters.
@@ -261,12 +269,10 @@ class CompressedClusters:
             return found[cluster]
         return self._inflate_here(cluster, length)
 
-    def _parts(self, found: dict[int, Inflated], guest_offset: int, length: int) -> list[Buffer]:
-        """The parts of the clusters `found` that make up a range."""
+    def _cut(self, clusters: Iterable[Inflated], guest_offset: int, length: int) -> list[Buffer]:
+        """Cut off what lies around a range, from the clusters that it touches."""
         size = self._cluster_size
-        first = guest_offset >> self._cluster_bits
-        last = guest_offset + length - 1 >> self._cluster_bits
-        parts: list[Buffer] = [found[cluster] for cluster in range(first, last + 1)]
+        parts: list[Buffer] = [*clusters]
         end = (guest_offset + length - 1 & size - 1) + 1
         if end < size:
             parts[-1] = memoryview(parts[-1])[:end]
@@ -283,13 +289,15 @@ class CompressedClusters:
             All of it, which is kept; or at least its first `length` bytes, if it was not read
             lately: who reads a little here and there would wait for much that nobody asks for.
         """
-        entry = self._descriptor_nowait(cluster)
-        if entry is None or self._cluster_size > _INLINE_BYTES or cluster in self._inflight:
+        if self._cluster_size > _INLINE_BYTES or cluster in self._inflight:
+            return None
+        (entry,) = self._descriptors_nowait(range(cluster, cluster + 1))
+        if not entry:
             return None
         is_start = length <= self._longest_start and cluster not in self._begun
         buffer = self._cache.take_buffer(0)
         try:
-            host_offset, compressed_length = self._piece(cluster, entry).place
+            host_offset, compressed_length = self._place(cluster, entry)
             frame = memoryview(buffer)[:compressed_length]
             if self._storage.readv_nowait((frame,), host_offset) != compressed_length:
                 return None
@@ -355,7 +363,7 @@ class CompressedClusters:
             mapping has changed since), and a cluster whose descriptor must be loaded first, if any.
         """
         jobs: dict[InflateJob, list[int]] = {}
-        pieces: list[Piece] = []
+        places: dict[int, CompressedRange] = {}
         missing = self._take([c for c in clusters if c not in found], found)
         if not missing:
             return jobs, None
@@ -366,18 +374,18 @@ class CompressedClusters:
                 jobs.setdefault(job, []).append(cluster)
                 continue
             if loaded is not None and loaded[0] == cluster:
-                entry: int | None = loaded[1]
+                entry = loaded[1]
             else:
-                entry = self._descriptor_nowait(cluster)
-            if entry is None:
+                (entry,) = self._descriptors_nowait(range(cluster, cluster + 1))
+            if not entry:
                 return {}, cluster
-            pieces.append(self._piece(cluster, entry))
-        if pieces:
-            begun = self._begin(pieces, ahead=False)
+            places[cluster] = self._place(cluster, entry)
+        if places:
+            begun = self._begin(places, ahead=False)
             own.update(begun)
-            jobs.update((job, [piece.cluster for piece in job.pieces]) for job in begun)
-            waiting_from = pieces[0].cluster
-        self._read_ahead(waiting_from, clusters.stop - waiting_from, missed=bool(pieces))
+            jobs.update((job, list(job.places)) for job in begun)
+            waiting_from = next(iter(places))
+        self._read_ahead(waiting_from, clusters.stop - waiting_from, missed=bool(places))
         return jobs, None
 
     def _collect(
@@ -393,19 +401,17 @@ class CompressedClusters:
             if isinstance(result, bytes | memoryview):
                 found[cluster] = result
             elif isinstance(result, InflateError):
-                place = next(piece.place for piece in job.pieces if piece.cluster == cluster)
-                raise self._corrupt(cluster, place.host_offset, str(result))
+                raise self._corrupt(cluster, job.places[cluster].host_offset, str(result))
             elif is_own:
                 raise result or job.error or MemoryError("no cluster could be inflated")
 
-    def _piece(self, cluster: int, entry: int) -> Piece:
+    def _place(self, cluster: int, entry: int) -> CompressedRange:
+        """Where a cluster's data is, not past the file's end."""
         place = compressed_range(entry, self._cluster_bits)
         left = self._storage.size() - place.host_offset
         if left <= 0:
             raise self._corrupt(cluster, place.host_offset, "that is past the end of the file")
-        if place.length > left:
-            place = CompressedRange(place.host_offset, left)
-        return Piece(cluster, place)
+        return place if place.length <= left else CompressedRange(place.host_offset, left)
 
     def _corrupt(self, cluster: int, host_offset: int, reason: str) -> CorruptImageError:
         return CorruptImageError(
@@ -421,35 +427,37 @@ class CompressedClusters:
         ahead = self._sequence.touch(first, count, missed=missed)
         if ahead is None or self._closed:
             return
-        pieces = []
-        for cluster in ahead:
-            if cluster in self._inflight or self._namespace + cluster in self._cache:
-                continue
-            entry = self._descriptor_nowait(cluster)
-            if entry is None:
-                continue
-            try:
-                pieces.append(self._piece(cluster, entry))
-            except CorruptImageError:  # whoever really reads it will be told
-                continue
-        if pieces:
-            self._begin(pieces, ahead=True)
+        namespace = self._namespace
+        known = self._inflight.keys() & ahead
+        for key in self._cache.kept(range(namespace + ahead.start, namespace + ahead.stop)):
+            known.add(key - namespace)
+        bits, end = self._cluster_bits, self._storage.size()
+        places: dict[int, CompressedRange] = {}
+        for cluster, entry in zip(ahead, self._descriptors_nowait(ahead), strict=True):
+            if entry and cluster not in known:
+                place = compressed_range(entry, bits)
+                if place.host_offset + place.length <= end:
+                    places[cluster] = place
+                elif place.host_offset < end:  # else whoever really reads it will be told
+                    places[cluster] = CompressedRange(place.host_offset, end - place.host_offset)
+        if places:
+            self._begin(places, ahead=True)
 
     # --- jobs ---------------------------------------------------------------------------------
 
-    def _begin(self, pieces: list[Piece], *, ahead: bool) -> list[InflateJob]:
-        """Begin to inflate `pieces`, in as few jobs as keeps the threads busy."""
+    def _begin(self, places: dict[int, CompressedRange], *, ahead: bool) -> list[InflateJob]:
+        """Begin to inflate the clusters at `places`, in as few jobs as keeps the threads busy."""
         per_job = self._clusters_per_job
+        items = list(places.items())
         return [
-            self._begin_job(pieces[start : start + per_job], ahead=ahead)
-            for start in range(0, len(pieces), per_job)
+            self._begin_job(dict(items[start : start + per_job]), ahead=ahead)
+            for start in range(0, len(items), per_job)
         ]
 
-    def _begin_job(self, pieces: list[Piece], *, ahead: bool) -> InflateJob:
-        job = InflateJob(pieces, ahead=ahead, io_token=self._begin_io())
+    def _begin_job(self, places: dict[int, CompressedRange], *, ahead: bool) -> InflateJob:
+        job = InflateJob(places, ahead=ahead, io_token=self._begin_io())
         self._jobs.add(job)
-        for piece in pieces:
-            self._inflight[piece.cluster] = job
+        self._inflight.update(dict.fromkeys(places, job))
         if not ahead:  # what is inflated ahead is read by the thread, this one has more to do
             self._read_nowait(job)
         self._go_on(job)
@@ -507,17 +515,16 @@ class CompressedClusters:
 
     def _finish(self, job: InflateJob) -> None:
         """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
-        for cluster, _ in job.pieces:
-            if self._inflight.get(cluster) is not job:
+        inflight, results, namespace = self._inflight, job.results, self._namespace
+        ready: dict[int, Inflated] = {}
+        for cluster in job.places:
+            if inflight.get(cluster) is not job:
                 continue  # its mapping changed meanwhile
-            del self._inflight[cluster]
-            data = job.results.get(cluster)
-            if data is None or isinstance(data, Exception):
-                continue
-            if job.ahead:
-                self._cache.put_ahead(self._namespace + cluster, data)
-            else:
-                self._cache.put(self._namespace + cluster, bytes(data))
+            del inflight[cluster]
+            data = results.get(cluster)
+            if data is not None and not isinstance(data, Exception):
+                ready[namespace + cluster] = data
+        self._cache.put_inflated(ready, ahead=job.ahead)
         self._jobs.discard(job)
         self._end_io(job.io_token)
         job.done.set()

@@ -115,7 +115,7 @@ class Qcow2(FormatDriver):
             header.compression_type,
             inflated,
             self._storage.filename,
-            descriptor_nowait=self._descriptor_nowait,
+            descriptors_nowait=self._descriptors_nowait,
             descriptor=self._descriptor,
             begin_io=metadata.epochs.begin,
             end_io=metadata.epochs.end,
@@ -353,14 +353,21 @@ class Qcow2(FormatDriver):
 
     # --- compressed clusters ------------------------------------------------------------------
 
-    def _descriptor_nowait(self, guest_cluster: int) -> int | None:
+    def _descriptors_nowait(self, guest_clusters: range) -> list[int]:
         l2 = self._l2
-        guest_offset = guest_cluster << self._cluster_bits
-        table = l2.slice_nowait(guest_offset >> l2.slice_bits)
-        if table is None:
-            return None
-        entry = table[(guest_cluster & l2.slice_mask) * l2.entry_words]
-        return entry if entry & COMPRESSED else None
+        words = l2.entry_words
+        entries: list[int] = []
+        start, end = guest_clusters.start, guest_clusters.stop
+        while start < end:
+            stop = min(end, (start | l2.slice_mask) + 1)
+            table = l2.slice_nowait(start << self._cluster_bits >> l2.slice_bits)
+            if table is None:
+                entries += [0] * (stop - start)
+            else:
+                first = (start & l2.slice_mask) * words
+                entries += table[first : first + (stop - start) * words : words]
+            start = stop
+        return [entry if entry & COMPRESSED else 0 for entry in entries]
 
     async def _descriptor(self, guest_cluster: int) -> int:
         l2 = self._l2

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
 from ...inflating import Inflated
 from .entries import CompressedRange
 
-__all__ = ["InflateJob", "Piece"]
+__all__ = ["InflateJob"]
 
 _READ_GAP = 4096  # compressed ranges this near to each other are read together
-
-
-class Piece(NamedTuple):
-    """One compressed cluster.
-
-    Attributes:
-        cluster: Its number in the guest.
-        place: Where its data is, not past the file's end.
-    """
-
-    cluster: int
-    place: CompressedRange
 
 
 class InflateJob:
     """Some clusters, from the lookup of where they are to their contents.
 
     Args:
-        pieces: The clusters, in the guest's order.
+        places: Where the data of which guest cluster is, in the guest's order; not past the file's
+            end.
         ahead: Nobody has asked for them yet.
         io_token: What `begin_io` returned for it.
 
     Attributes:
-        pieces: As given.
+        places: As given.
         ahead: As given.
         io_token: As given.
         buffer: The memory for what is read; None: `read_nowait` was not called yet.
@@ -58,13 +46,15 @@ class InflateJob:
         "error",
         "io_token",
         "missing",
-        "pieces",
+        "places",
         "reading",
         "results",
     )
 
-    def __init__(self, pieces: list[Piece], *, ahead: bool, io_token: int) -> None:
-        self.pieces = pieces
+    def __init__(
+        self, places: Mapping[int, CompressedRange], *, ahead: bool, io_token: int
+    ) -> None:
+        self.places = places
         self.ahead = ahead
         self.io_token = io_token
         self.buffer: bytearray | None = None
@@ -89,7 +79,7 @@ class InflateJob:
         """
         spans: list[list[int]] = []  # of the file: start, end
         span_of: list[int] = []
-        for _, (host_offset, length) in self.pieces:
+        for host_offset, length in self.places.values():
             end = host_offset + length
             if spans and spans[-1][0] <= host_offset <= spans[-1][1] + _READ_GAP:
                 spans[-1][1] = max(spans[-1][1], end)
@@ -103,7 +93,7 @@ class InflateJob:
         for start, end in spans:
             reads.append((view[position : position + end - start], start))
             position += end - start
-        for number, (_, (host_offset, length)) in zip(span_of, self.pieces, strict=True):
+        for number, (host_offset, length) in zip(span_of, self.places.values(), strict=True):
             data, start = reads[number]
             at = host_offset - start
             self._frames.append(data[at : at + length])
@@ -126,11 +116,10 @@ class InflateJob:
             except Exception:  # one by one tells which of them is broken
                 many = []
             if many:
-                clusters = (piece.cluster for piece in self.pieces)
-                self.results.update(zip(clusters, many, strict=True))
+                self.results.update(zip(self.places, many, strict=True))
                 return
-        for piece, frame in zip(self.pieces, frames, strict=True):
+        for cluster, frame in zip(self.places, frames, strict=True):
             try:
-                self.results[piece.cluster] = inflate(frame, cluster_size)
+                self.results[cluster] = inflate(frame, cluster_size)
             except Exception as error:  # it is raised again where somebody asked for it
-                self.results[piece.cluster] = error
+                self.results[cluster] = error

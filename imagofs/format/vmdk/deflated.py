@@ -195,9 +195,12 @@ class DeflatedGrains:
     def _read_ahead(self, first: int, count: int, *, missed: bool) -> None:
         """Note what is being read, and begin to inflate what is likely to be read next."""
         ahead = self._sequence.touch(first, count, missed=missed)
+        if ahead is None:
+            return
+        kept = self._cache.kept(range(self._namespace + ahead.start, self._namespace + ahead.stop))
         places = {}
-        for number in ahead or ():
-            known = number in self._inflight or self._namespace + number in self._cache
+        for number in ahead:
+            known = number in self._inflight or self._namespace + number in kept
             if not known and number * self._grain_bytes < self._length:
                 place = self._place_nowait(number)
                 if place is not None:
@@ -250,13 +253,14 @@ class DeflatedGrains:
 
     def _finish(self, job: _Job) -> None:
         """Put what a job inflated into the cache, and wake who waits for it. A plain function."""
+        ready: dict[int, Inflated] = {}
         for number, result in job.results.items():
             if self._inflight.get(number) is not job:
                 continue  # forgotten meanwhile, or another job has it too
             del self._inflight[number]
             if isinstance(result, bytes):
-                keep = self._cache.put_ahead if job.ahead else self._cache.put
-                keep(self._namespace + number, result)
+                ready[self._namespace + number] = result
+        self._cache.put_inflated(ready, ahead=job.ahead)
         job.frames = {}
         job.done.set()
 
