@@ -13,7 +13,8 @@ on, and each sector that a write was about to change has its old or its new cont
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import trio
@@ -31,7 +32,7 @@ from .inflight import InFlight
 from .mapping import RawMapping
 from .parallel import run_parallel
 from .reading import ReadAccess, checked_parallelism
-from .resolved import CHUNK_GRANULES, NotCached
+from .resolved import CHUNK_GRANULES, NotCached, Run
 from .storage.base import PreallocateMode
 from .vectors import flat_views, split_views, total_length
 
@@ -128,18 +129,47 @@ class FormatAccess(ReadAccess):
                 if entry & IN_PLACE:
                     place = (entry & HOST_OFFSET_MASK) + within
                     return self._writers[entry & STORAGE_MASK]((view,), place) == length
-        try:
-            runs = self._map.runs(guest_offset, length, in_place=True)
-        except NotCached:
-            runs = []
-        if not runs:
-            return self.driver.write_nowait(view, guest_offset)
-        position = 0
+        runs = self._runs_in_place(guest_offset, length)
+        if runs:
+            return self._write_runs(runs, view)
+        return self.driver.write_nowait(view, guest_offset)
+
+    def prepare_write_nowait(
+        self, view: memoryview, guest_offset: int
+    ) -> Callable[[], bool] | None:
+        """What does a `write_nowait` in another thread, where nothing needs to be allocated.
+
+        A plain function. The range must lie inside the image; this method does not check it.
+
+        Returns:
+            What writes, and returns what `write_nowait` does; None if it must be done here. Until
+            it has ended nothing but plain reads and writes may be done with the image.
+        """
+        length = view.nbytes
+        if not self.driver.can_write_nowait(guest_offset, length):
+            return None
+        runs = self._runs_in_place(guest_offset, length)
         for code, place, run_length in runs:
-            part = view[position : position + run_length]
-            if self._writers[code]((part,), place) != run_length:
+            storage = self._map.storages[code]
+            # To prolong a file is for one thread alone.
+            if not storage.writes_in_threads or place + run_length > storage.size():
+                return None
+        return partial(self._write_runs, runs, view) if runs else None
+
+    def _runs_in_place(self, guest_offset: int, length: int) -> list[Run]:
+        """Where a range may be overwritten; empty if not all of it, or if it is not known."""
+        try:
+            return self._map.runs(guest_offset, length, in_place=True)
+        except NotCached:
+            return []
+
+    def _write_runs(self, runs: list[Run], view: memoryview) -> bool:
+        position = 0
+        for code, place, length in runs:
+            part = view[position : position + length]
+            if self._writers[code]((part,), place) != length:
                 return False
-            position += run_length
+            position += length
         return True
 
     # --- writing --------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ Rules that live here:
   like this becomes a task of its own, with its own buffer: a WRITE that waits takes the receive
   buffer with it.
 - While replies are in pipes, nothing is done to a writable image: they refer to its pages.
+- What the second thread is given of large WRITEs (`large_writes.py`) is done before a burst ends:
+  meanwhile READs and WRITEs are answered, and no task runs.
 - Small replies are held back for a moment while requests are queuing, never while nothing is to be
   done (`_BUSY_STREAK`).
 - Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
@@ -28,16 +30,17 @@ import os
 import select
 from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic, perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 
 from . import protocol
-from .buffers import BufferPool, ChannelStatistics
+from .buffers import BufferPool, ChannelStatistics, MessageBuffer
 from .disk import Disk
 from .errors import FailureLog
 from .forwarding import Forwarder
 from .large_replies import LargeReplies
+from .large_writes import LargeWrites
 from .protocol import (
     MAX_WRITE,
     OUT_HEADER_SIZE,
@@ -52,6 +55,9 @@ from .statistics import SAMPLE_EVERY
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    #: A WRITE: the request's number, its data, their offset, and the buffer that they are in.
+    _Handed: TypeAlias = tuple[int, memoryview, int, MessageBuffer]
 
 __all__ = ["Channel"]
 
@@ -69,6 +75,8 @@ _SMALL_BYTES = 128 << 10
 _SPARE_BUFFERS = 4
 #: A READ of at least this much is answered from where its bytes are in memory, if they are.
 _LARGE_BYTES = 128 << 10
+#: A WRITE of at least this much is done in the second thread, if another request is there.
+_LARGE_WRITE_BYTES = 256 << 10
 #: To wake somebody costs more than to answer. So, once this many requests in turn were there when
 #: the descriptor was looked at, small replies are held back and sent together: whoever is woken by
 #: the first finds the others, too. They are sent at once when nothing more is there to be done.
@@ -145,6 +153,7 @@ class Channel:
         self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, _SPARE_BUFFERS)
         self._second = SecondThread()
         self._large = LargeReplies(self._fd, self._second, self._unanswered)
+        self._large_writes = LargeWrites(self._second, self._written)
         self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
         self._request = self._requests.take()
         self._reply_ring = [self._replies.take() for _ in range(_MOST_HELD)]
@@ -212,6 +221,7 @@ class Channel:
         streak = send_at = 0
         large = self._large
         in_pipes = large.is_sending  # replies that are not sent yet
+        handed: _Handed | None = None  # the WRITE that was handed over
         request = self._request
         view = request.view
         vector = (view,)
@@ -225,6 +235,10 @@ class Channel:
                     length = readv(fd, vector)
                 except BlockingIOError:
                     streak = 0
+                    if handed and self._large_writes.is_done():
+                        self._finish_write(*handed)
+                        handed = None
+                        continue
                     if held:
                         self._send(held)
                         reply = ring[0]
@@ -289,20 +303,28 @@ class Channel:
                         message = filled
                 elif opcode == WRITE:
                     data, _ = request.slices.get(size) or request.slice(size)
+                    in_reach = writable and offset + size <= disk_size
+                    given = False
                     try:
-                        done = (
-                            writable and offset + size <= disk_size and write_nowait(data, offset)
-                        )
+                        if in_reach and size >= _LARGE_WRITE_BYTES and not timed:
+                            if handed and self._large_writes.is_done():
+                                self._finish_write(*handed)
+                                handed = None
+                            if not handed:
+                                handed = self._hand_over(unique, data, offset)
+                                given = bool(handed)
+                        done = in_reach and not given and write_nowait(data, offset)
                     except Exception as error:
                         self._fail(unique, error, "write", offset, size)
                         continue
                     if not done:
-                        self._write_later(unique, data, offset)
-                        request = self._request
-                        view = request.view
-                        vector = (view,)
+                        if given or self._write_later(unique, data, offset, request):
+                            self._request = request = self._requests.take()
+                            view = request.view
+                            vector = (view,)
                         if self._is_full():
                             return _FULL
+                        budget -= size >> _BUDGET_SHIFT
                         continue
                     writes += 1
                     write_bytes += size
@@ -331,6 +353,8 @@ class Channel:
                     add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
                 budget -= size >> _BUDGET_SHIFT
         finally:
+            if handed:
+                self._finish_write(*handed)
             if in_pipes:
                 large.settle() if writable else large.hand_over()
             self._send(held)
@@ -488,18 +512,56 @@ class Channel:
         self.statistics.slow_reads += 1
         self.statistics.read_bytes += size
 
-    def _write_later(self, unique: int, data: memoryview, offset: int) -> None:
-        """Start a task for a WRITE whose data are in the receive buffer."""
+    def _hand_over(self, unique: int, data: memoryview, offset: int) -> _Handed | None:
+        """Have the second thread do a WRITE, whose data are in the receive buffer.
+
+        Returns:
+            What `_finish_write` is to be called with; None: it does not.
+        """
+        if not self._poll.poll(0):  # nothing else is there to be done meanwhile
+            return None
+        write = self._disk.access.prepare_write_nowait(data, offset)
+        if write is None or not self._large_writes.hand_over(unique, len(data), write):
+            return None
+        return unique, data, offset, self._request
+
+    def _finish_write(
+        self, unique: int, data: memoryview, offset: int, buffer: MessageBuffer
+    ) -> None:
+        """Return when a WRITE that was handed over is done, or waits in a task of its own."""
+        try:
+            if not self._large_writes.finish():
+                self._write_later(unique, data, offset, buffer)
+                return
+            self.statistics.writes += 1
+            self.statistics.write_bytes += len(data)
+        except Exception as error:
+            self._fail(unique, error, "write", offset, len(data))
+        self._requests.give_back(buffer)
+
+    def _written(self, unique: int, size: int) -> None:
+        self._reply(protocol.written_reply(unique, size))
+
+    def _write_later(
+        self, unique: int, data: memoryview, offset: int, buffer: MessageBuffer
+    ) -> bool:
+        """Start a task for a WRITE whose data are in `buffer`.
+
+        Returns:
+            Whether that is the task's by now.
+        """
         size = len(data)
         action = ("write", offset, size)
         if size <= _SMALL_BYTES:
             copied = memoryview(bytes(data))
             self._start(unique, action, size, self._write, copied, offset, None)
-        else:
-            taken, self._request = self._request, self._requests.take()
-            self._start(unique, action, REQUEST_SIZE, self._write, data, offset, taken)
+            return False
+        self._start(unique, action, REQUEST_SIZE, self._write, data, offset, buffer)
+        return True
 
-    async def _write(self, unique: int, data: memoryview, offset: int, taken: Any) -> None:
+    async def _write(
+        self, unique: int, data: memoryview, offset: int, taken: MessageBuffer | None
+    ) -> None:
         try:
             written = await self._disk.write(data, offset)
             self._reply(protocol.written_reply(unique, written))

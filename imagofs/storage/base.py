@@ -107,6 +107,8 @@ class Storage(ABC):
     discard_alignment: int = 1
     #: Whether the storage was opened for writing.
     writable: bool = False
+    #: Whether `writev_nowait` may be called by several threads at a time, inside of `size`.
+    writes_in_threads: bool = False
     #: The file's absolute name, or None for what has none.
     filename: str | None = None
     #: Set by `close`: requests raise `ClosedError` from then on.

@@ -54,7 +54,12 @@ _SLOW_READS = 4
 
 
 class InlineStorage(Storage):
-    """The `*_nowait` methods on a file descriptor, and the size that they keep current."""
+    """The `*_nowait` methods on a file descriptor, and the size that they keep current.
+
+    Of two writes at a time that do not change the size, one may be missing in what is counted here.
+    """
+
+    writes_in_threads = True
 
     def __init__(self, *, read_fd: int, write_fd: int, size: int) -> None:
         """Set what the fast path may use.

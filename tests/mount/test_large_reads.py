@@ -10,30 +10,24 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from imagofs.fuse import channel, protocol
-from imagofs.fuse.channel import Channel
 from imagofs.fuse.large_replies import LargeReplies
 from imagofs.fuse.reply_pipe import ReplyPipe
 from imagofs.reading import FileRange
 from imagofs.storage import syscalls
 from tests import qemu
 from tests.mount.conftest import random_bytes
+from tests.mount.kernel import Kernel, Second, fail
 from tests.mount.mounting import Mounted, MountImage
 
 MIB = 1 << 20
 KIB = 1 << 10
-
-
-def fail(error: OSError) -> None:
-    raise AssertionError from error
 
 
 # --- the pipe -------------------------------------------------------------------------------------
@@ -131,32 +125,6 @@ def test_no_pipe_or_none_of_that_size(
 
 
 # --- two of them ----------------------------------------------------------------------------------
-
-
-class Second:
-    """In the second thread's place: what is given waits until `work` or `take_back`."""
-
-    def __init__(self) -> None:
-        self.given: list[Callable[[], None]] = []
-        self.takes_any = True
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.given)
-
-    def give(self, work: Callable[[], None]) -> bool:
-        if self.given or not self.takes_any:
-            return False
-        self.given.append(work)
-        return True
-
-    def work(self) -> bool:
-        if not self.given:
-            return False
-        self.given.pop()()
-        return True
-
-    take_back = settle = work
 
 
 @pytest.fixture
@@ -257,64 +225,6 @@ def test_who_reads_alone_waits_for_nobody(
 
 
 # --- the channel ----------------------------------------------------------------------------------
-
-
-class Kernel:
-    """In the kernel's place: sends requests to a channel of its own, and takes the replies."""
-
-    LENGTH = 128 * KIB
-
-    def __init__(self, file: int, *, writable: bool) -> None:
-        self._socket, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setblocking(False)
-        self._file = file
-        #: The replies, and between them what was done to the image.
-        self.seen: list[bytes] = []
-        access = SimpleNamespace(
-            lend_nowait=lambda *_: None,
-            cached_ranges=lambda *_: [FileRange(file, 0, 1)],  # or the socket would be full
-            read_nowait=None,
-            write_nowait=self._write_nowait,
-        )
-        disk: Any = SimpleNamespace(access=access, size=MIB, writable=writable, launder=None)
-        self.channel = Channel(
-            self._session.fileno(),
-            disk,
-            inode=2,
-            amendments=protocol.Amendments(0, 0, 16),
-            open_flags=0,
-            negotiated=lambda _: None,
-        )
-        second: Any = Second()
-        self.channel._large = LargeReplies(self.channel._fd, second, fail)
-
-    def _write_nowait(self, view: memoryview, offset: int) -> bool:
-        self.receive()
-        self.seen.append(b"changed")
-        return True
-
-    def send(self, unique: int, opcode: int) -> None:
-        head = protocol.DATA_IN.pack(0, opcode, unique, 0, 0, self.LENGTH)
-        data = bytes(self.LENGTH) if opcode == protocol.WRITE else b""
-        self._socket.send(head.ljust(protocol.WRITE_DATA_OFFSET) + data)
-
-    def receive(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.seen.append(self._socket.recv(MIB))
-
-    def reply(self, unique: int) -> bytes:
-        """What a READ is answered with."""
-        header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER_SIZE + self.LENGTH, 0, unique)
-        return header + os.pread(self._file, 1, 0)
-
-    def __enter__(self) -> Kernel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.channel.give_back()
-        self._socket.close()
-        self._session.close()
 
 
 @pytest.mark.parametrize("writable", [True, False])
