@@ -700,7 +700,15 @@ def test_sync_format_access(tmp_path):
         image.write(b"abc", 512)
     assert qemu.contents(path)[512:515] == b"abc"
     # What answers at once, or lends what the caches hold, is for those in the loop itself.
-    not_blocking = ("driver", "read_nowait", "write_nowait", "lend", "lend_nowait", "cached_ranges")
+    not_blocking = (
+        "driver",
+        "read_nowait",
+        "write_nowait",
+        "prepare_write_nowait",
+        "lend",
+        "lend_nowait",
+        "cached_ranges",
+    )
     for name in dir(FormatAccess):
         if not name.startswith("_") and name not in not_blocking:
             assert hasattr(SyncFormatAccess, name), name
