@@ -203,6 +203,30 @@ async def test_a_raw_data_file_keeps_the_disks_length(new_image) -> None:
     assert not any((folder / "data").read_bytes())
 
 
+@pytest.mark.parametrize("table", [False, True], ids=["no table", "zero entry"])
+@pytest.mark.parametrize("change", ["write_zeroes", "discard_to_zero"])
+async def test_zeroes_reach_what_an_interrupted_write_left_in_a_raw_data_file(
+    new_image, change: str, table: bool
+) -> None:
+    """The guest sees zeroes before and after; who reads the data file by itself must, too."""
+    size = 4 << 20
+    folder = new_image(size, name="aside.qcow2").parent
+    path = new_image(size, data_file=folder / "data", data_file_raw=True)
+    image = await writable(path)
+    await image.write_zeroes(0, 1 << 20)
+    await image.close()
+    if not table:
+        put(path, Layout(path.read_bytes()).l1_offset, 0)
+    with (folder / "data").open("r+b") as file:
+        file.write(b"\1" * (1 << 20))
+    image = await writable(path)
+    # Parts of clusters at both ends.
+    await getattr(image, change)(512, (1 << 20) - 4096)
+    await image.close()
+    ends = b"\1" * 512 + bytes((1 << 20) - 4096) + b"\1" * (4096 - 512)
+    assert (folder / "data").read_bytes() == ends.ljust(size, b"\0")
+
+
 async def test_a_mapping_to_overwrite_takes_away_only_what_it_covers(new_image) -> None:
     """The second cluster gets a host cluster that does not follow the first one's."""
     size = 1 << 20

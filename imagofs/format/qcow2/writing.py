@@ -54,6 +54,7 @@ class Writer:
         self._cluster_size = header.cluster_size
         self._extended = header.extended_l2
         self._data_file = header.has_data_file
+        self._raw_data_file = header.data_file_raw
         self._prepared = False
         self._preparing = trio.Lock()
         self._making_table = trio.Lock()
@@ -345,9 +346,11 @@ class Writer:
     ) -> None:
         """Carry out a change slice by slice, each under its own lock.
 
-        Unless `everywhere`, what has no L2 table and nothing below is left as it is.
+        Unless `everywhere`, what has no L2 table and nothing below is left as it is. A raw data
+        file may have more than that: what a write left there that was never mapped.
         """
         end = guest_offset + length
+        everywhere = everywhere or self._raw_data_file
         while guest_offset < end:
             await trio.lowlevel.checkpoint_if_cancelled()
             untouched_end = guest_offset if everywhere else self._untouched_end(guest_offset, end)
@@ -406,7 +409,7 @@ class Writer:
         first, last = self._whole_clusters(start, stop)
         if first >= last:
             return
-        if self._metadata.header.data_file_raw:
+        if self._raw_data_file:
             await self._punch_data_file(first, last)
         await self._change_entries(lambda: self._planner.unmap(first, last - first))
         if self._data_file:
@@ -444,6 +447,9 @@ class Writer:
             covered = start + mapping.length
             if not isinstance(mapping, ZeroMapping):
                 await self._write([], start, mapping.length, Source.ZERO)
+            elif self._raw_data_file:
+                # A write that failed before it was mapped may have left something there.
+                await self._punch_data_file(start, covered)
             start = covered
 
     async def _change_entries(self, make: Callable[[], Plan]) -> None:
