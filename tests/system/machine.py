@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.system.namespaces import PROGRAM
+from tests.system.namespaces import LET_GO, PROGRAM
 
 SYSTEMD = next(
     (
@@ -206,7 +206,7 @@ def booted(folder: Path, units: dict[str, str]) -> Iterator[Machine]:
             start_new_session=True,
             env={
                 "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                "BOOT": _BOOT,
+                "BOOT": f"{LET_GO}\n{_BOOT}",
                 "FOLDER": str(folder),
                 "IMAGOFS": str(PROGRAM),
                 "SYSTEMD": SYSTEMD,

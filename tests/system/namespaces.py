@@ -11,6 +11,10 @@ from pathlib import Path
 PROGRAM = Path(sys.executable).with_name("imagofs")
 TIMEOUT_SECONDS = 60.0
 
+#: Lets go of what other tests have mounted: the copies of their mounts that every new mount
+#: namespace has would keep their daemons alive. Asks the mounts nothing: a daemon may be stopped.
+LET_GO = "umount -a --lazy --no-canonicalize --internal-only --no-mtab -t fuse.imagofs || true"
+
 #: /sbin is where mount(8) looks for helpers: a copy of it, which the helpers are written to.
 _SBIN = """
 set -eu
@@ -38,7 +42,7 @@ def in_namespaces(
     command = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     shell = shutil.which("bash") or "sh"
     return subprocess.run(
-        [*command, "--mount-proc", shell, "-c", _SBIN + script],
+        [*command, "--mount-proc", shell, "-c", f"{LET_GO}\n{_SBIN}{script}"],
         cwd=folder,
         env={
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
