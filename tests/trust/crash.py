@@ -4,6 +4,7 @@ A workload runs on storages that log every change. For each moment between two s
 the changes that no sync covered are applied to what was durable (all subsets where there are few,
 random ones and torn writes where there are many). Each image that comes out must have nothing worse
 than leaks, each guest sector must hold what it may hold by then, and snapshots must be untouched.
+Some of them are written to again, without a repair, until the next power cut (`second_life.py`).
 
 So are what creating an image and repairing one leave (`crash_others.py`).
 
@@ -576,9 +577,20 @@ class Broken(AssertionError):
 
 
 def judge(
-    files: Files, image: bytes | bytearray, data: bytearray | None, allowed: list[set[bytes]]
+    files: Files,
+    image: bytes | bytearray,
+    data: bytearray | None,
+    allowed: list[set[bytes]],
+    allowed_raw: list[set[bytes]] | None = None,
 ) -> int:
     """Look at one crash image; return the number of leaked clusters.
+
+    Args:
+        files: What it was before.
+        image: The image's file.
+        data: The data file, if it has one.
+        allowed: What the guest's sectors may hold.
+        allowed_raw: What a raw data file may hold; None: the same.
 
     Raises:
         Broken: It is corrupt, or a sector holds what it must not hold.
@@ -590,7 +602,7 @@ def judge(
     if data is not None and files.raw:
         if len(data) != len(allowed) * SECTOR:
             raise Broken(f"the raw data file has {len(data)} bytes")
-        _judge_disk(bytes(data), allowed)
+        _judge_disk(bytes(data), allowed_raw or allowed)
     for number, before in enumerate(files.snapshots):
         if read_disk(image, backing=files.backing, snapshot=number) != before:
             raise Broken(f"snapshot {number} changed")
@@ -645,6 +657,7 @@ class Tally:
     changes: int = 0
     by_imagofs: int = 0
     by_qemu: int = 0
+    second_lives: int = 0
     leaking: int = 0
     broken: list[str] = field(default_factory=list)
 
@@ -655,6 +668,7 @@ class Tally:
         self.changes += other.changes
         self.by_imagofs += other.by_imagofs
         self.by_qemu += other.by_qemu
+        self.second_lives += other.second_lives
         self.leaking += other.leaking
         self.broken += other.broken
 
@@ -663,6 +677,7 @@ class Tally:
             f"{self.images} crash images of {self.cuts} moments in {self.changes} changes and "
             f"syncs, {self.leaking} with leaks, "
             f"{self.by_imagofs} also judged by imagofs, {self.by_qemu} by qemu-img check, "
+            f"{self.second_lives} written to again, "
             f"{len(self.broken)} broken"
         )
 
@@ -718,6 +733,8 @@ def _try_cut(
     folder: Path,
     tally: Tally,
 ) -> None:
+    from tests.trust.second_life import live_again
+
     files = trace.files
     allowed = trace.history.allowed(cut.at)
     # Applied in the order in which they began: what is durable first, unless they are mixed.
@@ -741,6 +758,9 @@ def _try_cut(
             if tally.images % 500 == 1:
                 judge_by_qemu(image, folder)
                 tally.by_qemu += 1
+            if tally.images % 50 == 26:
+                live_again(shape, files, image, data, seed + tally.images, folder)
+                tally.second_lives += 1
         except Broken as error:
             moment = "the end" if cut.at == float("inf") else f"time {cut.at}"
             tally.broken.append(
