@@ -10,14 +10,12 @@ Rules that live here:
   descriptor, one `read_nowait` or `write_nowait` of the image and one write, and never waits for
   the image. The data of a large READ are not copied here: they go from the page cache through a
   pipe (`large_replies.py`), or from where the image keeps what it inflated. What cannot be answered
-  like this becomes a task of its own, with its own buffer: a WRITE that waits takes the receive
-  buffer with it.
+  like this becomes a task of its own (`waiting.py`).
 - While replies are in pipes, nothing is done to a writable image: they refer to its pages.
 - What the second thread is given of large WRITEs (`large_writes.py`) is done before a burst ends:
   meanwhile READs and WRITEs are answered, and no task runs.
 - Small replies are held back for a moment while requests are queuing, never while nothing is to be
   done (`_BUSY_STREAK`).
-- Tasks that wait are bounded in number and bytes. At the bound nothing more is read.
 - An interrupted request is finished as if it had not been, as a disk does it.
 - Nothing is answered with ENOSYS: the kernel would not ask again.
 """
@@ -25,22 +23,21 @@ Rules that live here:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from time import monotonic, perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from . import protocol
+from .answers import ENDED, Answers
 from .buffers import BufferPool, ChannelStatistics, MessageBuffer
 from .disk import Disk
-from .errors import FailureLog
 from .forwarding import Forwarder
-from .large_replies import LargeReplies
-from .large_writes import LargeWrites
+from .large_replies import LARGE_READ_BYTES, LargeReplies
+from .large_writes import LargeWrite, LargeWrites
 from .protocol import (
     MAX_WRITE,
     OUT_HEADER_SIZE,
@@ -48,33 +45,19 @@ from .protocol import (
     REQUEST_SIZE,
     WRITE,
     WRITE_DATA_OFFSET,
-    error_reply,
 )
 from .second_thread import SecondThread
 from .statistics import SAMPLE_EVERY
+from .waiting import SPARE_BUFFERS, Waiting
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    #: A WRITE: the request's number, its data, their offset, and the buffer that they are in.
-    _Handed: TypeAlias = tuple[int, memoryview, int, MessageBuffer]
-
 __all__ = ["Channel"]
-
-log = logging.getLogger(__name__)
 
 #: Work that one burst may do before others get a turn: a request counts 1, and 1 for each 256 KiB.
 _BUDGET = 64
 _BUDGET_SHIFT = 18
-#: Tasks that may wait at the same time, and the bytes of their buffers.
-_TASK_LIMIT = 512
-_TASK_BYTES = 32 << 20
-#: A request with no more data than this has a buffer of its size, or is copied, when it has to
-#: wait; above it takes a pooled one, or the receive buffer.
-_SMALL_BYTES = 128 << 10
-_SPARE_BUFFERS = 4
-#: A READ of at least this much is answered from where its bytes are in memory, if they are.
-_LARGE_BYTES = 128 << 10
 #: A WRITE of at least this much is done in the second thread, if another request is there.
 _LARGE_WRITE_BYTES = 256 << 10
 #: To wake somebody costs more than to answer. So, once this many requests in turn were there when
@@ -102,8 +85,9 @@ _MORE: Final = 1  # its budget is used up
 _FULL: Final = 2  # too much is waiting
 _GONE: Final = 3  # the kernel ended the connection
 
-#: Errors of a read that say that the connection is gone.
-_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED})
+#: None of these has a reply; the two inodes are never forgotten.
+_UNANSWERED = frozenset({protocol.INTERRUPT, protocol.FORGET, protocol.BATCH_FORGET})
+
 #: Errors of a read after which the next one is tried: a signal, an aborted request.
 _TRANSIENT = frozenset({errno.EINTR, errno.ENOENT})
 
@@ -134,34 +118,37 @@ class Channel:
         self.statistics = ChannelStatistics()
         self._disk = disk
         self._inode = inode
-        self._failures = FailureLog(log)
 
         self._session_fd = session_fd
         self._fd = os.dup(session_fd)
         os.set_blocking(self._fd, False)
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
+        self._answers = answers = Answers(self._fd)
         self._forwarder = Forwarder(
             session_fd,
-            reply=self._reply,
-            fail=lambda unique, error: self._fail(unique, error, "pass on a request"),
+            reply=answers.reply,
+            fail=lambda unique, error: answers.fail(unique, error, "pass on a request"),
             amendments=amendments,
             open_flags=open_flags,
             negotiated=negotiated,
         )
 
-        self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, _SPARE_BUFFERS)
-        self._second = SecondThread()
-        self._large = LargeReplies(self._fd, self._second, self._unanswered)
-        self._large_writes = LargeWrites(self._second, self._written)
-        self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, _SPARE_BUFFERS)
+        self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, SPARE_BUFFERS)
         self._request = self._requests.take()
-        self._reply_ring = [self._replies.take() for _ in range(_MOST_HELD)]
+        self._reply_ring = [
+            MessageBuffer(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE) for _ in range(_MOST_HELD)
+        ]
+        self._waiting = Waiting(disk, answers, self.statistics, self._requests)
+        self._second = SecondThread()
+        self._large = LargeReplies(self._fd, self._second, answers.not_sent)
+        self._large_writes = LargeWrites(
+            self._second,
+            written=self._large_is_written,
+            finished=self._large_is_finished,
+        )
         self._spin = _SPIN
         self._vain_spins = 0
-        self._tasks = 0
-        self._task_bytes = 0
-        self._room = trio.lowlevel.ParkingLot()
         # Its own: those threads wait for WRITEs, which may wait for threads of the default one.
         self._launderers = trio.CapacityLimiter(8)
         disk.launder = self._launder
@@ -175,13 +162,13 @@ class Channel:
         """
         self._scope = trio.CancelScope()
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+            self._waiting.nursery = nursery
             with self._scope:
                 while (outcome := self._drain()) != _GONE:
                     if outcome == _IDLE:
                         await trio.lowlevel.wait_readable(self._fd)
                     elif outcome == _FULL:
-                        await self._room.park()
+                        await self._waiting.one_less()
                     else:
                         await trio.lowlevel.checkpoint()
         self._large.settle()
@@ -194,20 +181,20 @@ class Channel:
     @property
     def queue_depth(self) -> int:
         """Requests that wait for the image."""
-        return self._tasks
-
-    def _is_full(self) -> bool:
-        return self._tasks >= _TASK_LIMIT or self._task_bytes >= _TASK_BYTES
+        return self._waiting.number
 
     def _drain(self) -> int:
         """Answer requests until there are none, or others should get a turn."""
-        if self._is_full():
+        waiting = self._waiting
+        if waiting.is_full():
             return _FULL
         # Every attribute that is looked up once more per request can be measured here.
         fd = self._fd
         readv, write = os.readv, os.write
         unpack, pack = protocol.DATA_IN.unpack_from, protocol.OUT_HEADER.pack_into
         written_reply = protocol.written_reply
+        answers = self._answers
+        reply_each, fail = answers.reply_each, answers.fail
         read_nowait = self._disk.access.read_nowait
         write_nowait = self._disk.access.write_nowait
         send_large = self._send_large
@@ -221,7 +208,8 @@ class Channel:
         streak = send_at = 0
         large = self._large
         in_pipes = large.is_sending  # replies that are not sent yet
-        handed: _Handed | None = None  # the WRITE that was handed over
+        large_writes = self._large_writes
+        handed = False  # whether a WRITE was handed over
         request = self._request
         view = request.view
         vector = (view,)
@@ -235,12 +223,11 @@ class Channel:
                     length = readv(fd, vector)
                 except BlockingIOError:
                     streak = 0
-                    if handed and self._large_writes.is_done():
-                        self._finish_write(*handed)
-                        handed = None
+                    if handed and large_writes.finish_if_done():
+                        handed = False
                         continue
                     if held:
-                        self._send(held)
+                        reply_each(held)
                         reply = ring[0]
                         continue
                     if in_pipes:
@@ -248,7 +235,7 @@ class Channel:
                         in_pipes = writable and large.is_sending
                         if found:
                             continue
-                    if self._tasks or forwarded:
+                    if waiting.number or forwarded:
                         return _IDLE
                     spins += 1
                     if spins > self._spin:
@@ -258,7 +245,7 @@ class Channel:
                         budget -= 1
                     continue
                 except OSError as error:
-                    if error.errno in _ENDED:
+                    if error.errno in ENDED:
                         return _GONE
                     if error.errno not in _TRANSIENT:
                         raise
@@ -282,15 +269,16 @@ class Channel:
                         size = self._disk.clip(offset, size)
                     data, filled = reply.slices.get(size) or reply.slice(size)
                     try:
-                        sent = send_large(unique, offset, size) if size >= _LARGE_BYTES else None
+                        sent = (
+                            send_large(unique, offset, size) if size >= LARGE_READ_BYTES else None
+                        )
                         done = not size or read_nowait(data, offset) if sent is None else sent
                     except Exception as error:
-                        self._fail(unique, error, "read", offset, size)
+                        fail(unique, error, "read", offset, size)
                         continue
                     if not done:
-                        action = ("read", offset, size)
-                        self._start(unique, action, size, self._read, offset, size)
-                        if self._is_full():
+                        waiting.read(unique, offset, size)
+                        if waiting.is_full():
                             return _FULL
                         continue
                     reads += 1
@@ -306,23 +294,23 @@ class Channel:
                     in_reach = writable and offset + size <= disk_size
                     given = False
                     try:
-                        if in_reach and size >= _LARGE_WRITE_BYTES and not timed:
-                            if handed and self._large_writes.is_done():
-                                self._finish_write(*handed)
-                                handed = None
-                            if not handed:
-                                handed = self._hand_over(unique, data, offset)
-                                given = bool(handed)
+                        if (
+                            size >= _LARGE_WRITE_BYTES
+                            and in_reach
+                            and not timed
+                            and (not handed or large_writes.finish_if_done())
+                        ):
+                            handed = given = self._hand_over(unique, data, offset)
                         done = in_reach and not given and write_nowait(data, offset)
                     except Exception as error:
-                        self._fail(unique, error, "write", offset, size)
+                        fail(unique, error, "write", offset, size)
                         continue
                     if not done:
-                        if given or self._write_later(unique, data, offset, request):
+                        if given or waiting.write(unique, data, offset, request):
                             self._request = request = self._requests.take()
                             view = request.view
                             vector = (view,)
-                        if self._is_full():
+                        if waiting.is_full():
                             return _FULL
                         budget -= size >> _BUDGET_SHIFT
                         continue
@@ -331,7 +319,7 @@ class Channel:
                     message = written_reply(unique, size)
                 else:
                     self._dispatch(opcode, unique, view[:length])
-                    if self._is_full():
+                    if waiting.is_full():
                         return _FULL
                     continue
                 if message is None:
@@ -341,38 +329,29 @@ class Channel:
                     try:
                         write(fd, message)
                     except OSError as error:
-                        self._unanswered(error)
+                        answers.not_sent(error)
                 else:
                     held.append(message)
                     if len(held) == 1:
                         send_at = perf_counter_ns() + _HELD_NANOSECONDS
                     elif len(held) == _MOST_HELD or perf_counter_ns() > send_at:
-                        self._send(held)
+                        reply_each(held)
                     reply = ring[len(held)]
                 if timed:
                     add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
                 budget -= size >> _BUDGET_SHIFT
         finally:
             if handed:
-                self._finish_write(*handed)
+                large_writes.finish()
             if in_pipes:
                 large.settle() if writable else large.hand_over()
-            self._send(held)
+            reply_each(held)
             statistics = self.statistics
             statistics.reads += reads
             statistics.read_bytes += read_bytes
             statistics.writes += writes
             statistics.write_bytes += write_bytes
         return _MORE
-
-    def _send(self, held: list[Buffer]) -> None:
-        """Send replies that were held back, and empty the list."""
-        for message in held:
-            try:
-                os.write(self._fd, message)
-            except OSError as error:
-                self._unanswered(error)
-        held.clear()
 
     def _send_large(self, unique: int, offset: int, size: int) -> bool | None:
         """Answer a large READ from where its bytes are in memory. A plain function.
@@ -386,7 +365,7 @@ class Channel:
         lent = access.lend_nowait(offset, size)
         if lent is not None:
             if lent:
-                self._reply(header, lent)
+                self._answers.reply(header, lent)
             return bool(lent)
         ranges = access.cached_ranges(offset, size)
         if ranges is None:
@@ -410,190 +389,42 @@ class Channel:
         return found
 
     def _dispatch(self, opcode: int, unique: int, request: memoryview) -> None:
-        """Answer, start or pass on what is neither READ nor WRITE."""
-        body = protocol.IN_HEADER_SIZE
-        start = self._start
-        match opcode:
-            case protocol.FLUSH:
-                (handle,) = protocol.FLUSH_IN.unpack_from(request, body)
-                start(unique, ("flush",), 0, self._flush, handle)
-            case protocol.FSYNC:
-                start(unique, ("sync",), 0, self._sync)
-            case protocol.LSEEK:
-                offset, whence = protocol.LSEEK_IN.unpack_from(request, body)
-                start(unique, ("seek", offset), 0, self._seek, offset, whence)
-            case protocol.FALLOCATE:
-                offset, length, mode = protocol.FALLOCATE_IN.unpack_from(request, body)
-                action = ("allocate or discard", offset, length)
-                start(unique, action, 0, self._allocate, mode, offset, length)
-            case protocol.COPY_FILE_RANGE | protocol.COPY_FILE_RANGE_64:
-                source, target, length = protocol.COPY_FILE_RANGE_IN.unpack_from(request, body)
-                wide = opcode == protocol.COPY_FILE_RANGE_64
-                action = ("copy", source, length)
-                start(unique, action, 1 << 20, self._copy, source, target, length, wide)
-            case protocol.INTERRUPT | protocol.FORGET | protocol.BATCH_FORGET:
-                pass  # none of them has a reply, and the two inodes are never forgotten
-            case _:
-                self.statistics.forwarded += 1
-                self._forwarder.forward(opcode, unique, request)
+        """Start or pass on what is neither READ nor WRITE."""
+        if opcode in _UNANSWERED or self._waiting.other(opcode, unique, request):
+            return
+        self.statistics.forwarded += 1
+        self._forwarder.forward(opcode, unique, request)
 
-    # --- tasks --------------------------------------------------------------------------------
+    # --- large WRITEs -------------------------------------------------------------------------
 
-    def _start(
-        self,
-        unique: int,
-        action: tuple[Any, ...],
-        held_bytes: int,
-        work: Callable[..., Awaitable[None]],
-        *arguments: Any,
-    ) -> None:
-        """Start a task for a request that may wait; `held_bytes` is the size of its buffer."""
-        self._tasks += 1
-        if self._tasks > self.statistics.deepest:
-            self.statistics.deepest = self._tasks
-        self._task_bytes += held_bytes
-        self._nursery.start_soon(self._run, unique, action, held_bytes, work, arguments)
-
-    async def _run(
-        self,
-        unique: int,
-        action: tuple[Any, ...],
-        held_bytes: int,
-        work: Callable[..., Awaitable[None]],
-        arguments: tuple[Any, ...],
-    ) -> None:
-        started = perf_counter_ns()
-        try:
-            await work(unique, *arguments)
-        except Exception as error:
-            self._fail(unique, error, *action)
-        finally:
-            self._tasks -= 1
-            self._task_bytes -= held_bytes
-            self.statistics.latencies.add(perf_counter_ns() - started)
-            self._room.unpark_all()
-
-    def _fail(
-        self, unique: int, error: Exception, what: str, offset: int = -1, size: int = -1
-    ) -> None:
-        """Answer a request with an error."""
-        place = "" if offset < 0 else f" at {offset}" if size < 0 else f" {size} bytes at {offset}"
-        self._reply(error_reply(unique, self._failures.answer(error, f"{what}{place}")))
-
-    def _reply(self, message: Buffer, data: Iterable[Buffer] = ()) -> None:
-        try:
-            os.writev(self._fd, [message, *data])
-        except OSError as error:
-            self._unanswered(error)
-
-    def _unanswered(self, error: OSError) -> None:
-        # ENOENT: the request was aborted; the others: the connection is gone.
-        if error.errno != errno.ENOENT and error.errno not in _ENDED:
-            log.error("cannot answer a request: %s", error)
-
-    async def _read(self, unique: int, offset: int, size: int) -> None:
-        lent = await self._disk.access.lend(offset, size) if size >= _LARGE_BYTES else None
-        header = protocol.OUT_HEADER.pack(OUT_HEADER_SIZE + size, 0, unique)
-        if lent:
-            self._reply(header, lent)
-        elif size <= _SMALL_BYTES:
-            data = bytearray(size)
-            await self._disk.access.readv((data,), offset)
-            self._reply(header, (data,))
-        else:
-            pooled = self._replies.take()
-            try:
-                view, _ = pooled.slice(size)
-                await self._disk.access.readv((view,), offset)
-                self._reply(header, (view,))
-            finally:
-                self._replies.give_back(pooled)
-        self.statistics.reads += 1
-        self.statistics.slow_reads += 1
-        self.statistics.read_bytes += size
-
-    def _hand_over(self, unique: int, data: memoryview, offset: int) -> _Handed | None:
+    def _hand_over(self, unique: int, data: memoryview, offset: int) -> bool:
         """Have the second thread do a WRITE, whose data are in the receive buffer.
 
         Returns:
-            What `_finish_write` is to be called with; None: it does not.
+            Whether it does; the buffer is then taken.
         """
         if not self._poll.poll(0):  # nothing else is there to be done meanwhile
-            return None
+            return False
         write = self._disk.access.prepare_write_nowait(data, offset)
-        if write is None or not self._large_writes.hand_over(unique, len(data), write):
-            return None
-        return unique, data, offset, self._request
+        if write is None:
+            return False
+        return self._large_writes.hand_over(LargeWrite(unique, data, offset, self._request), write)
 
-    def _finish_write(
-        self, unique: int, data: memoryview, offset: int, buffer: MessageBuffer
-    ) -> None:
-        """Return when a WRITE that was handed over is done, or waits in a task of its own."""
-        try:
-            if not self._large_writes.finish():
-                self._write_later(unique, data, offset, buffer)
-                return
+    def _large_is_written(self, unique: int, size: int) -> None:
+        self._answers.reply(protocol.written_reply(unique, size))
+
+    def _large_is_finished(self, request: LargeWrite, outcome: bool | Exception) -> None:
+        unique, data, offset, buffer = request
+        if isinstance(outcome, Exception):
+            self._answers.fail(unique, outcome, "write", offset, len(data))
+        elif outcome:
             self.statistics.writes += 1
             self.statistics.write_bytes += len(data)
-        except Exception as error:
-            self._fail(unique, error, "write", offset, len(data))
+        elif self._waiting.write(unique, data, offset, buffer):
+            return
         self._requests.give_back(buffer)
 
-    def _written(self, unique: int, size: int) -> None:
-        self._reply(protocol.written_reply(unique, size))
-
-    def _write_later(
-        self, unique: int, data: memoryview, offset: int, buffer: MessageBuffer
-    ) -> bool:
-        """Start a task for a WRITE whose data are in `buffer`.
-
-        Returns:
-            Whether that is the task's by now.
-        """
-        size = len(data)
-        action = ("write", offset, size)
-        if size <= _SMALL_BYTES:
-            copied = memoryview(bytes(data))
-            self._start(unique, action, size, self._write, copied, offset, None)
-            return False
-        self._start(unique, action, REQUEST_SIZE, self._write, data, offset, buffer)
-        return True
-
-    async def _write(
-        self, unique: int, data: memoryview, offset: int, taken: MessageBuffer | None
-    ) -> None:
-        try:
-            written = await self._disk.write(data, offset)
-            self._reply(protocol.written_reply(unique, written))
-            self.statistics.writes += 1
-            self.statistics.slow_writes += 1
-            self.statistics.write_bytes += written
-        finally:
-            if taken is not None:
-                self._requests.give_back(taken)
-
-    async def _flush(self, unique: int, handle: int) -> None:
-        await self._disk.flush(handle)
-        self._done(error_reply(unique, 0))
-
-    async def _sync(self, unique: int) -> None:
-        await self._disk.sync()
-        self._done(error_reply(unique, 0))
-
-    async def _seek(self, unique: int, offset: int, whence: int) -> None:
-        self._done(protocol.offset_reply(unique, await self._disk.seek(offset, whence)))
-
-    async def _allocate(self, unique: int, mode: int, offset: int, length: int) -> None:
-        await self._disk.allocate(mode, offset, length)
-        self._done(error_reply(unique, 0))
-
-    async def _copy(self, unique: int, source: int, target: int, length: int, wide: bool) -> None:
-        copied = await self._disk.copy(source, target, length)
-        self._done(protocol.copied_reply(unique, copied, wide=wide))
-
-    def _done(self, message: bytes) -> None:
-        self.statistics.others += 1
-        self._reply(message)
+    # --- the kernel's pages -------------------------------------------------------------------
 
     async def _launder(self, guest_offset: int, length: int) -> None:
         """Make the kernel write back and drop its pages of a range.

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from ..reading import FileRange
     from .second_thread import SecondThread
 
-__all__ = ["LargeReplies"]
+__all__ = ["LARGE_READ_BYTES", "LargeReplies"]
 
+#: A READ of at least this much is answered from where its bytes are in memory, if they are.
+LARGE_READ_BYTES = 128 << 10
 #: After so many replies in turn that nothing followed, as many are sent at once before the next
 #: that waits for another request.
 _ALONE = 4

@@ -10,10 +10,22 @@ meanwhile may come before or behind it. Nothing else may be done with the image 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-from .second_thread import SecondThread
+if TYPE_CHECKING:
+    from .buffers import MessageBuffer
+    from .second_thread import SecondThread
 
-__all__ = ["LargeWrites"]
+__all__ = ["LargeWrite", "LargeWrites"]
+
+
+class LargeWrite(NamedTuple):
+    """A WRITE: the request's number, its data, their offset, and the buffer that they are in."""
+
+    unique: int
+    data: memoryview
+    offset: int
+    buffer: MessageBuffer
 
 
 class LargeWrites:
@@ -21,22 +33,30 @@ class LargeWrites:
 
     Args:
         second: The thread.
-        answer: Called with a request's number and its bytes once they are written, in either
+        written: Called with a request's number and its bytes once they are written, in either
             thread. It must not raise.
+        finished: Called by `finish`, with whether the WRITE is written, or why it failed.
     """
 
-    def __init__(self, second: SecondThread, answer: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        second: SecondThread,
+        *,
+        written: Callable[[int, int], None],
+        finished: Callable[[LargeWrite, bool | Exception], None],
+    ) -> None:
         self._second = second
-        self._answer = answer
+        self._written = written
+        self._finished = finished
+        self._given: LargeWrite | None = None
         self._outcome: bool | Exception = False
 
-    def hand_over(self, unique: int, size: int, write: Callable[[], bool]) -> bool:
+    def hand_over(self, request: LargeWrite, write: Callable[[], bool]) -> bool:
         """Let the second thread do a WRITE; `finish` must follow.
 
         Args:
-            unique: The request's number.
-            size: Its bytes.
-            write: Returns whether it has written them.
+            request: The WRITE.
+            write: Returns whether it has written the data.
 
         Returns:
             False: it does not.
@@ -49,24 +69,27 @@ class LargeWrites:
                 self._outcome = error
                 return
             if self._outcome:
-                self._answer(unique, size)
+                self._written(request.unique, len(request.data))
 
-        return self._second.give(work)
+        if not self._second.give(work):
+            return False
+        self._given = request
+        return True
 
-    def is_done(self) -> bool:
-        """Whether `finish` would not wait for the thread. What it has not begun with is done."""
-        return self._second.take_back() or not self._second.is_busy
-
-    def finish(self) -> bool:
-        """Return when what was handed over is done.
+    def finish_if_done(self) -> bool:
+        """`finish` if that does not wait for the thread; what that has not begun with is done here.
 
         Returns:
-            Whether it is written and answered.
-
-        Raises:
-            Exception: What `write` raised.
+            Whether nothing is handed over any more.
         """
+        if not self._second.take_back() and self._second.is_busy:
+            return False
+        self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Return when what was handed over is done."""
         self._second.settle()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        if self._given is not None:
+            request, self._given = self._given, None
+            self._finished(request, self._outcome)

@@ -13,7 +13,6 @@ from typing import Any
 from imagofs.fuse import protocol
 from imagofs.fuse.channel import Channel
 from imagofs.fuse.large_replies import LargeReplies
-from imagofs.fuse.large_writes import LargeWrites
 from imagofs.reading import FileRange
 
 KIB = 1 << 10
@@ -85,7 +84,7 @@ class Kernel:
         )
         second: Any = self.second
         self.channel._large = LargeReplies(self.channel._fd, second, fail)
-        self.channel._large_writes = LargeWrites(second, self.channel._written)
+        self.channel._large_writes._second = second
 
     def _write_nowait(self, view: memoryview, offset: int) -> bool:
         self.receive()

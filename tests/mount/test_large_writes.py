@@ -69,7 +69,9 @@ def test_when_a_burst_ends_all_is_written(kernel: Kernel, monkeypatch: pytest.Mo
 def test_a_write_that_has_to_wait(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps its buffer, and others are received into another."""
     tasks: list[Any] = []
-    monkeypatch.setattr(kernel.channel, "_start", lambda *arguments: tasks.append(arguments))
+    monkeypatch.setattr(
+        kernel.channel._waiting, "_start", lambda *arguments: tasks.append(arguments)
+    )
     kernel.write = lambda *_: False
     kernel.send(2, WRITE)
     kernel.send(4, WRITE)
