@@ -145,12 +145,14 @@ def _find_holder(fd: int, byte: int) -> str:
             if pid == me and other_fd == fd:
                 continue
             try:
-                found = os.stat(f"/proc/{pid}/fd/{other_fd}")
-                if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
-                    continue
                 with open(f"/proc/{pid}/fdinfo/{other_fd}", encoding="ascii") as lines:
-                    if any(_covers(line, byte) for line in lines):
-                        return "this process itself" if pid == me else _name_of(pid)
+                    if not any(_covers(line, wanted.st_ino, byte) for line in lines):
+                        continue
+                # Only now: a file on a file system that hangs (a stopped FUSE daemon's) would
+                # keep whoever asks for its status.
+                found = os.stat(f"/proc/{pid}/fd/{other_fd}")
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return "this process itself" if pid == me else _name_of(pid)
             except OSError:
                 continue  # ended, closed, or not ours to look at
     return "another process"
@@ -163,13 +165,15 @@ def _numbers(folder: str) -> list[int]:
         return []
 
 
-def _covers(line: str, byte: int) -> bool:
-    """Whether a line of fdinfo tells of a lock on `byte`.
+def _covers(line: str, inode: int, byte: int) -> bool:
+    """Whether a line of fdinfo tells of a lock on `byte` of a file with this inode number.
 
     For example: ``lock: 1: OFDLCK ADVISORY  READ -1 08:01:1835 100 101``
     """
     words = line.split()
     if len(words) != 9 or words[0] != "lock:" or words[2] not in ("OFDLCK", "POSIX"):
+        return False
+    if words[6].rpartition(":")[2] != str(inode):
         return False
     start, end = words[7], words[8]
     return int(start) <= byte and (end == "EOF" or byte <= int(end))

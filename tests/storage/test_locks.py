@@ -164,6 +164,23 @@ async def test_a_lock_of_the_other_kind_names_its_process(image):
     assert not qemu_refusal(image)
 
 
+async def test_files_of_others_are_not_asked_for_their_status(image, monkeypatch):
+    """A file of a FUSE mount that hangs would keep whoever does so."""
+    asked = []
+    stat = os.stat
+
+    def listening(path):
+        asked.append(path)
+        return stat(path)
+
+    with qemu_io_holds(image) as pid:
+        monkeypatch.setattr(os, "stat", listening)
+        async with await FileStorage.open(image, WRITABLE) as storage:
+            with pytest.raises(LockedError):
+                storage.lock(True)
+    assert {path.split("/")[2] for path in asked if path.startswith("/proc/")} == {str(pid)}
+
+
 async def test_a_file_system_without_such_locks(image, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
