@@ -375,6 +375,10 @@ class ReadAccess:
                     await mapping.storage.readv(parts, mapping.offset)
                 case SpecialMapping():
                     await mapping.driver.readv_special(parts, mapping.offset)
+                case EofMapping():
+                    # The disk has become smaller since the read was let in.
+                    fill_views(views)
+                    return
                 case _:
                     fill_views(parts)
             guest_offset += mapping.length
@@ -446,9 +450,12 @@ class ReadAccess:
         length = self.size() - guest_offset if length is None else length
         self._check_range(guest_offset, length)
         end = guest_offset + length
-        start, held = guest_offset, None
+        start = guest_offset
+        held: Mapping | None = None
         while guest_offset < end:
             mapping = await self._mapping(guest_offset, end - guest_offset)
+            if isinstance(mapping, EofMapping):
+                break  # the disk has become smaller meanwhile
             merged = merge_mappings(held, mapping)
             if merged is None:
                 if held is not None:

@@ -227,6 +227,25 @@ async def test_zeroes_reach_what_an_interrupted_write_left_in_a_raw_data_file(
     assert (folder / "data").read_bytes() == ends.ljust(size, b"\0")
 
 
+@pytest.mark.parametrize("extended", [False, True], ids=["", "subclusters"])
+async def test_what_is_missing_is_missing_before_anything_is_allocated(
+    new_image, extended: bool
+) -> None:
+    """A new refcount block displaces the L2 slice from a cache that has no room."""
+    path = new_image("64M", refcount_bits=64, extended_l2=extended, writes=["write -q -P 1 0 64k"])
+    raw = path.read_bytes()
+    [block] = struct.unpack_from(">Q", raw, Layout(raw).table_offset)
+    counts = struct.unpack_from(">8192Q", raw, block)
+    # All that the first block counts is taken, but for the last cluster.
+    put(path, block, *(count or 1 for count in counts[:-1]), 0)
+    leaked = len(check(path.read_bytes()).leaked)
+    image = await writable(path, metadata_bytes=1)
+    await image.read(bytearray(512), 1 << 20)
+    await image.write_zeroes(1 << 20, 4 << 16, allocate=True)
+    await image.close()
+    assert len(check(path.read_bytes()).leaked) == leaked
+
+
 async def test_a_mapping_to_overwrite_takes_away_only_what_it_covers(new_image) -> None:
     """The second cluster gets a host cluster that does not follow the first one's."""
     size = 1 << 20

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from imagofs import FileStorage, FormatAccess, Qcow2, StorageOpenOptions, open_image
 from imagofs.format.qcow2.bitmaps import read_bitmaps
@@ -113,3 +114,36 @@ async def test_what_is_in_use_already_needs_no_second_mark(image: Path) -> None:
             await access.write(b"x" * 512, 0)
             assert [record.kind for record in storage.log.records][: len(kinds)] == kinds
             assert storage.log.records[0].length == (4 if len(kinds) == 2 else 512)
+
+
+class CancelledSyncs(RecordingStorage):
+    """Somebody cancels at each sync, as it begins."""
+
+    scope: trio.CancelScope | None = None
+
+    async def sync(self) -> None:
+        if self.scope is not None:
+            self.scope.cancel()
+            await trio.lowlevel.checkpoint()
+        await super().sync()
+
+
+@pytest.mark.parametrize("mark", ["bitmap in use", "unknown autoclear bit"])
+async def test_a_mark_is_durable_though_the_first_write_is_cancelled(
+    image: Path, mark: str
+) -> None:
+    if mark == "unknown autoclear bit":
+        with image.open("r+b") as file:
+            file.seek(88)
+            file.write((1 << 40 | 1).to_bytes(8, "big"))
+    inner = await FileStorage.open(image, StorageOpenOptions(writable=True))
+    storage = CancelledSyncs(inner)
+    async with FormatAccess(await Qcow2.open(storage, writable=True)) as access:
+        with trio.CancelScope() as storage.scope:
+            await access.write(b"x" * 512, 0)
+        storage.scope = None
+        log = storage.log.records
+        kinds = [record.kind for record in log]
+        await access.write(b"y" * 512, 4096)
+    marked = max(n for n, kind in enumerate(kinds) if kind == "write" and len(log[n].data) < 512)
+    assert "sync" in kinds[marked:]

@@ -5,19 +5,27 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from imagofs.access import FormatAccess
 from imagofs.errors import OutOfRangeError
 from imagofs.format.qcow2.driver import Qcow2
+from imagofs.format.qcow2.loading import load
+from imagofs.format.raw import Raw
+from imagofs.gate import PermissiveImplicitOpenGate
+from imagofs.opening import FROM_HEADER, OpenContext, open_image
+from imagofs.storage.file import FileStorage
 from imagofs.storage.memory import MemoryStorage
+from tests.conftest import NewImage
 from tests.support.qcow2_oracle import check
-from tests.support.storages import SlowStorage
+from tests.support.storages import SlowStorage, WrappedStorage
 from tests.trust import crash
 from tests.trust.history import SECTOR, ZEROES, describe, run_repeatably, tagged_range
 from tests.trust.test_concurrency import MoodySlowStorage
@@ -158,3 +166,157 @@ def test_what_growing_left_behind_the_end_goes_with_the_end(tmp_path: Path) -> N
 
     cancelled = sum(trio.run(grow_and_shrink, at) for at in range(1, 400, 9))
     assert cancelled > 10
+
+
+# --- one thing at a time --------------------------------------------------------------------------
+
+
+class Held(WrappedStorage):
+    """What is read from it, or written to it, waits for `go` once `hold` was called."""
+
+    def hold(self) -> None:
+        self.reached, self.go = trio.Event(), trio.Event()
+
+    async def _wait(self) -> None:
+        if hasattr(self, "go"):
+            self.reached.set()
+            await self.go.wait()
+
+    async def pure_readv(self, views: Sequence[memoryview], offset: int) -> None:
+        await self._wait()
+        await super().pure_readv(views, offset)
+
+    async def pure_writev(self, views: Sequence[memoryview], offset: int) -> None:
+        await self._wait()
+        await super().pure_writev(views, offset)
+
+
+@pytest.mark.timeout(60)
+async def test_a_read_ends_where_the_disk_does_by_then(tmp_path: Path) -> None:
+    """The layer below ends within a cluster, so that the range is read layer by layer."""
+    files = crash.make(crash.Shape("", 64 * K, "cluster_size=65536"), tmp_path)
+    below = Held(MemoryStorage(b"\7" * (20 * K)))
+    below.hold()
+    driver = await load(
+        memory := MemoryStorage(files.image),
+        context=OpenContext.of().within(memory),
+        writable=True,
+        backing=FormatAccess(Raw(below)),
+        data_file=FROM_HEADER,
+    )
+    image = FormatAccess(driver)
+    found = bytearray(64 * K)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.read, found, 0)
+        await below.reached.wait()
+        await image.resize(4 * K)
+        below.go.set()
+    assert set(found[: 4 * K]) == {7}
+    assert not any(found[20 * K :])
+    await image.close()
+
+
+@pytest.mark.timeout(60)
+async def test_a_map_ends_where_the_disk_does_by_then(new_image: NewImage) -> None:
+    path = new_image("1M", writes=["write -q 0 64k", "write -q 128k 64k", "write -q 512k 64k"])
+    async with await open_image(path, writable=True) as image:
+        starts = []
+        async with aclosing(image.map()) as mappings:
+            async for start, _ in mappings:
+                starts.append(start)
+                if start == 64 * K:
+                    await image.resize(192 * K)
+        assert starts == [0, 64 * K, 128 * K]
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["", "raw"])
+async def test_growing_that_is_cancelled_takes_nothing_away(
+    new_image: NewImage, tmp_path: Path, raw: bool
+) -> None:
+    """The data file is shorter than the disk; the write in between makes it longer."""
+    path = new_image("1M", data_file=(data := tmp_path / "data"), data_file_raw=raw)
+    os.truncate(data, 0)
+    async with await open_image(path, writable=True, gate=PermissiveImplicitOpenGate()) as image:
+        await image.write(b"0" * 512, 0)
+        [storage] = image.driver.data_storages
+        assert isinstance(storage, FileStorage)
+        slow = [object() for _ in range(16)]  # requests that keep all its threads busy
+        for request in slow:
+            storage._writers.acquire_on_behalf_of_nowait(request)
+        growing = trio.CancelScope()
+
+        async def grow() -> None:
+            with growing:
+                await image.resize(2 * K * K)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(grow)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(image.write, b"x" * 65536, 512 * K)
+            await trio.testing.wait_all_tasks_blocked()
+            growing.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            for request in slow:
+                storage._writers.release_on_behalf_of(request)
+        assert growing.cancelled_caught
+        await image.sync()
+        found = bytearray(65536)
+        await image.read(found, 512 * K)
+        assert found == b"x" * 65536
+
+
+async def test_a_raw_data_file_never_grows_while_the_disk_shrinks(
+    new_image: NewImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = new_image(
+        "8M", data_file=(data := tmp_path / "data"), data_file_raw=True, writes=["write 0 8M"]
+    )
+    sizes = []
+    write_zeroes = FileStorage.pure_write_zeroes
+
+    async def pure_write_zeroes(
+        self: FileStorage, offset: int, length: int, *, allocated: bool
+    ) -> None:
+        await write_zeroes(self, offset, length, allocated=allocated)
+        sizes.append(data.stat().st_size)
+
+    monkeypatch.setattr(FileStorage, "pure_write_zeroes", pure_write_zeroes)
+    async with await open_image(path, writable=True, gate=PermissiveImplicitOpenGate()) as image:
+        await image.resize(6 * K * K)
+    assert max(sizes) == 8 * K * K
+    assert data.stat().st_size == 6 * K * K
+
+
+async def test_a_write_does_not_make_a_raw_data_file_longer_than_the_disk(tmp_path: Path) -> None:
+    shape = crash.Shape("", 1 * K * K, "cluster_size=65536,data_file_raw=on", data_file=True)
+    files = crash.make(shape, tmp_path)
+    assert files.data is not None
+    data = Held(MemoryStorage(files.data))
+    image = await crash.open_files(MemoryStorage(files.image), data, files, writable=True)
+    driver = image.driver
+    assert isinstance(driver, Qcow2)
+    await image.discard_to_backing(0, shape.size)  # so that nothing is mapped
+    may_write = trio.Event()
+    set_sizes = driver.set_sizes
+
+    def shrink(size: int, reach: int) -> None:
+        set_sizes(size, reach)
+        if not may_write.is_set():  # this is as early as anybody sees the smaller disk
+            data.hold()
+            may_write.set()
+
+    driver.set_sizes = shrink  # type: ignore[method-assign]
+    size = 512 * K + 4096
+    async with trio.open_nursery() as nursery:
+
+        async def write() -> None:
+            await may_write.wait()
+            await image.write(b"x" * 512, 512 * K)
+
+        nursery.start_soon(write)
+        nursery.start_soon(image.resize, size)
+        await may_write.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        data.go.set()
+    await image.close()
+    assert data.size() == size

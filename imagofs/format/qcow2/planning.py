@@ -435,6 +435,8 @@ class Planner:
         Raises:
             As `write`.
         """
+        # Looked up first: once clusters are allocated, nothing may be missing.
+        clusters = self._clusters(guest_offset, length)
         plan = self.write(guest_offset, length, Source.ZERO)
         if self._version < 3 or self._data_file:
             return plan
@@ -442,7 +444,7 @@ class Planner:
         cursor = iter(
             cluster for first, count in plan.allocated for cluster in range(first, first + count)
         )
-        for old, _, _ in self._clusters(guest_offset, length):
+        for old, _, _ in clusters:
             host_offset = (
                 old.host_offset if self._is_ours(old) else next(cursor) << self._cluster_bits
             )

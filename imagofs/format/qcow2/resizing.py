@@ -136,10 +136,12 @@ async def _grow(
 async def _grow_data_file(driver: Qcow2, old_size: int, size: int) -> None:
     """Bring the data file to the new size; a raw one has zeroes in all of the new range."""
     storage = driver.data_storages[0]
-    if driver.header.data_file_raw and storage.size() > old_size:
-        await storage.resize(old_size)
-    if storage.size() < size:
-        await storage.resize(size, PreallocateMode.ZERO)
+    # Nothing is written meanwhile: a resize that is cancelled sets the old length again.
+    async with driver.locks.hold(0, size + 1):
+        if driver.header.data_file_raw and storage.size() > old_size:
+            await storage.resize(old_size)
+        if storage.size() < size:
+            await storage.resize(size, PreallocateMode.ZERO)
 
 
 async def _hide(driver: Qcow2, writer: Writer, old_size: int, size: int) -> None:
@@ -223,8 +225,10 @@ async def _shrink(driver: Qcow2, writer: Writer, old_size: int, size: int) -> No
     if driver.header.has_data_file:
         await metadata.epochs.wait_for_earlier()
         storage = driver.data_storages[0]
-        if storage.size() > size:
-            await storage.resize(size)
+        # A write that was let in earlier may reach up to the end of the last cluster.
+        async with driver.locks.hold(0, end + 1):
+            if storage.size() > size:
+                await storage.resize(size)
     await _cut_file(driver)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...errors import CorruptImageError
-from ...mapping import IndirectMapping, RawMapping, SpecialMapping, ZeroMapping
+from ...mapping import EofMapping, IndirectMapping, RawMapping, SpecialMapping, ZeroMapping
 from ...vectors import fill_views, split_views, total_length, zero_views
 from ..base import DiscardTo
 from .bitmaps import mark_bitmaps_in_use
@@ -87,16 +87,21 @@ class Writer:
         async with self._preparing:
             if self._prepared:
                 return
-            metadata = self._metadata
-            header = metadata.header
-            if header.bitmaps is not None:
-                await mark_bitmaps_in_use(metadata)
-            if header.autoclear & ~KNOWN_AUTOCLEAR:
-                # Whoever set them must learn that the image was written to.
-                known = header.autoclear & KNOWN_AUTOCLEAR
-                await metadata.change_header(replace(header, autoclear=known))
+            with trio.CancelScope(shield=True):
+                await self._mark_changed()
             self._prepared = True
             self._driver.may_write_in_place(True)
+
+    async def _mark_changed(self) -> None:
+        """Durable before this returns, whatever is cancelled: nobody looks again."""
+        metadata = self._metadata
+        header = metadata.header
+        if header.bitmaps is not None:
+            await mark_bitmaps_in_use(metadata)
+        if header.autoclear & ~KNOWN_AUTOCLEAR:
+            # Whoever set them must learn that the image was written to.
+            known = header.autoclear & KNOWN_AUTOCLEAR
+            await metadata.change_header(replace(header, autoclear=known))
 
     # --- planning -------------------------------------------------------------------------------
 
@@ -290,6 +295,9 @@ class Writer:
                     fill_views(rest)
                     if covered:
                         await layer.readv(part, mapping.offset)
+                case EofMapping():
+                    fill_views(views)
+                    return
                 case _:
                     fill_views(part)
             guest_offset += mapping.length
@@ -410,7 +418,8 @@ class Writer:
         if first >= last:
             return
         if self._raw_data_file:
-            await self._punch_data_file(first, last)
+            # No further than it is long: what is cut off may reach far behind the disk's end.
+            await self._punch_data_file(first, min(last, self._data_storage.size()))
         await self._change_entries(lambda: self._planner.unmap(first, last - first))
         if self._data_file:
             # Punched before the entries are durable, a power cut would show zeroes as the guest's;
@@ -461,7 +470,8 @@ class Writer:
         """The data file changes first: read by itself it may be the guest's disk."""
         if self._data_file:
             length = min(stop, self._driver.reach) - start
-            await self._data_storage.write_zeroes(start, length)
+            if length > 0:
+                await self._data_storage.write_zeroes(start, length)
 
     # --- mappings to write through ----------------------------------------------------------------
 
