@@ -193,7 +193,8 @@ class InlineStorage(Storage):
     def _judge_large_write(self, length: int, taken: float, flags: int) -> None:
         """Decide whether the next large writes are kept in the cache."""
         if flags:
-            self._uncached_writes -= 1
+            # Not below zero: another thread may have counted its write between the two look-ups.
+            self._uncached_writes = max(self._uncached_writes - 1, 0)
         elif taken <= length * DEAR_PER_BYTE:
             self._dear_writes = 0
         else:

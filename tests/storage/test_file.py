@@ -483,6 +483,16 @@ async def test_large_writes_pass_the_cache_by_while_its_memory_is_dear(
     assert (tmp_path / "file").read_bytes() == bytes(large[0])
 
 
+async def test_the_last_write_past_the_cache_may_be_two(tmp_path):
+    """Two threads write at a time: both find one left, and none is left then."""
+    (tmp_path / "file").touch()
+    async with await FileStorage.open(tmp_path / "file", WRITABLE) as storage:
+        storage._uncached_writes = 1
+        for _ in range(2):
+            storage._judge_large_write(1 << 20, 0.001, inline._RWF_DONTCACHE)
+        assert storage._uncached_writes == 0
+
+
 async def test_a_file_that_is_synced_often_is_written_out_early(tmp_path, monkeypatch):
     begun = []
     start = syscalls.start_write_out
