@@ -101,6 +101,7 @@ class Channel:
         disk: The file that the mount shows.
         inode: Its inode number.
         amendments: What to change in INIT's reply.
+        direct_io: Whether all reads and writes bypass the kernel's page cache.
         open_flags: FOPEN_* flags to add to OPEN's replies.
         negotiated: Called with the features once INIT was answered: the mount answers from then on.
     """
@@ -112,6 +113,7 @@ class Channel:
         *,
         inode: int,
         amendments: protocol.Amendments,
+        direct_io: bool,
         open_flags: int,
         negotiated: Callable[[int], None],
     ) -> None:
@@ -139,7 +141,7 @@ class Channel:
         self._reply_ring = [
             MessageBuffer(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE) for _ in range(_MOST_HELD)
         ]
-        self._waiting = Waiting(disk, answers, self.statistics, self._requests)
+        self._waiting = Waiting(disk, answers, self.statistics, self._requests, direct_io=direct_io)
         self._second = SecondThread()
         self._large = LargeReplies(self._fd, self._second, answers.not_sent)
         self._large_writes = LargeWrites(
@@ -151,6 +153,8 @@ class Channel:
         self._vain_spins = 0
         # Its own: those threads wait for WRITEs, which may wait for threads of the default one.
         self._launderers = trio.CapacityLimiter(8)
+        self._laundering = 0  # tasks that wait for them
+        self._until_laundered: trio.CancelScope | None = None
         disk.launder = self._launder
 
     # --- the loop -----------------------------------------------------------------------------
@@ -164,18 +168,27 @@ class Channel:
         async with trio.open_nursery() as nursery:
             self._waiting.nursery = nursery
             with self._scope:
-                while (outcome := self._drain()) != _GONE:
-                    if outcome == _IDLE:
-                        await trio.lowlevel.wait_readable(self._fd)
-                    elif outcome == _FULL:
-                        await self._waiting.one_less()
-                    else:
-                        await trio.lowlevel.checkpoint()
+                await self._answer()
+            self._disk.launder = None
+            if self._laundering:
+                # The kernel writes back for it, and would wait for ever: not even a signal helps.
+                with trio.CancelScope() as self._until_laundered:
+                    await self._answer()
         self._large.settle()
         await self._forwarder.settle()
 
+    async def _answer(self) -> None:
+        """Answer requests until the kernel ends the connection."""
+        while (outcome := self._drain()) != _GONE:
+            if outcome == _IDLE:
+                await trio.lowlevel.wait_readable(self._fd)
+            elif outcome == _FULL:
+                await self._waiting.one_less()
+            else:
+                await trio.lowlevel.checkpoint()
+
     def stop(self) -> None:
-        """Read no further request."""
+        """Read no further request, but those that a request waits for."""
         self._scope.cancel()
 
     @property
@@ -432,7 +445,15 @@ class Channel:
         From a thread: it waits until those WRITEs are answered.
         """
         notification = protocol.invalidate_inode(self._inode, guest_offset, length)
-        await trio.to_thread.run_sync(os.write, self._fd, notification, limiter=self._launderers)
+        self._laundering += 1
+        try:
+            await trio.to_thread.run_sync(
+                os.write, self._fd, notification, limiter=self._launderers
+            )
+        finally:
+            self._laundering -= 1
+            if not self._laundering and self._until_laundered is not None:
+                self._until_laundered.cancel()
 
     # --- pyfuse3's half -------------------------------------------------------------------------
 

@@ -140,14 +140,20 @@ class Disk:
         if view.nbytes and not self.access.read_nowait(view, guest_offset):
             await self.access.readv((view,), guest_offset)
 
-    async def write(self, view: memoryview, guest_offset: int) -> int:
+    async def write(self, view: memoryview, guest_offset: int, *, whole: bool = False) -> int:
         """Write `view`; what lies past the end is left out, as on a block device.
+
+        Args:
+            view: The data.
+            guest_offset: Where they go to, in bytes.
+            whole: To be told that something was left out takes an error.
 
         Returns:
             Bytes written, above zero.
 
         Raises:
-            Refusal: EROFS, or ENOSPC for a write that begins at or past the end.
+            Refusal: EROFS, or ENOSPC for a write that begins at or past the end, or of which
+                something was left out if it has to be `whole`.
         """
         self.check_writable()
         length = self.clip(guest_offset, view.nbytes)
@@ -162,6 +168,8 @@ class Disk:
         finally:
             self._writes.discard(ticket)
             self._write_ended.unpark_all()
+        if whole and length < view.nbytes:
+            raise Refusal(errno.ENOSPC)
         return length
 
     async def flush(self, handle: int) -> None:

@@ -266,7 +266,8 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.disk.write(memoryview(buf), off)
+        # pyfuse3 does not say who asks; whole pages are all that is written back.
+        return await self.disk.write(memoryview(buf), off, whole=self.disk.writeback)
 
     @_answered
     async def flush(self, fh: int) -> None:

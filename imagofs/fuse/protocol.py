@@ -24,7 +24,10 @@ __all__ = [
     "OUT_HEADER",
     "OUT_HEADER_SIZE",
     "REQUEST_SIZE",
+    "WRITE_CACHE",
     "WRITE_DATA_OFFSET",
+    "WRITE_FLAGS",
+    "WRITE_FLAGS_OFFSET",
     "Amendments",
     "amend_init",
     "amend_open",
@@ -61,6 +64,7 @@ IN_HEADER_SIZE: Final = 40
 OUT_HEADER_SIZE: Final = 16
 #: Where the data of a WRITE begin.
 WRITE_DATA_OFFSET: Final = 80
+WRITE_FLAGS_OFFSET: Final = 60
 #: The largest read and write that we negotiate, half of what the kernel would send: a reply of
 #: 1 MiB and its header would not go into a pipe of the size that every process may have, and while
 #: one half of a larger request is answered, the kernel prepares the other.
@@ -75,6 +79,8 @@ REQUEST_SIZE: Final = MAX_WRITE + 4096
 #: header has besides (node, user, group, process) the channel does not need.
 DATA_IN = Struct("=IIQ24xQQI")
 OUT_HEADER = Struct("=IiQ")  # total length, negative errno, unique
+#: What WRITE has besides, at WRITE_FLAGS_OFFSET: WRITE_* flags, and those of open(2).
+WRITE_FLAGS = Struct("=I8xI")
 _IN_HEADER = Struct("=IIQ")  # total length, opcode, unique
 
 # Bodies, at IN_HEADER_SIZE.
@@ -106,6 +112,11 @@ AUTO_INVAL_DATA: Final = 1 << 12
 HANDLE_KILLPRIV_V2: Final = 1 << 28
 INIT_EXT: Final = 1 << 30
 DIRECT_IO_ALLOW_MMAP: Final = 1 << 36
+
+# --- flags of WRITE -----------------------------------------------------------------------------
+
+#: The kernel writes back pages; it does not mind being told that fewer bytes were written.
+WRITE_CACHE: Final = 1
 
 # --- flags of OPEN's reply ------------------------------------------------------------------------
 

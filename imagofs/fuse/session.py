@@ -178,6 +178,7 @@ class Session:
                 unwanted=protocol.AUTO_INVAL_DATA | protocol.ATOMIC_O_TRUNC,
                 max_background=_MAX_BACKGROUND,
             ),
+            direct_io=direct_io,
             open_flags=open_flags,
             negotiated=self._negotiated,
         )

@@ -5,6 +5,7 @@ They are bounded in number and bytes: at the bound the channel reads no more req
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
 from typing import Any
@@ -39,6 +40,7 @@ class Waiting:
         answers: Where its requests are answered.
         statistics: Where they are counted.
         received: Where the buffers of WRITEs come from, and are given back to.
+        direct_io: Whether all reads and writes bypass the kernel's page cache.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Waiting:
         answers: Answers,
         statistics: ChannelStatistics,
         received: BufferPool,
+        *,
+        direct_io: bool,
     ) -> None:
         #: How many tasks there are.
         self.number = 0
@@ -56,6 +60,7 @@ class Waiting:
         self._answers = answers
         self._statistics = statistics
         self._received = received
+        self._direct_io = direct_io
         self._replies = BufferPool(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE, SPARE_BUFFERS)
         self._bytes = 0
         self._room = trio.lowlevel.ParkingLot()
@@ -82,12 +87,25 @@ class Waiting:
         """
         size = len(data)
         action = ("write", offset, size)
+        whole = offset + size > self._disk.size and self._is_whole(buffer)
         if size <= _SMALL_BYTES:
             copied = memoryview(bytes(data))
-            self._start(unique, action, size, self._write, copied, offset, None)
+            self._start(unique, action, size, self._write, copied, offset, whole, None)
             return False
-        self._start(unique, action, REQUEST_SIZE, self._write, data, offset, buffer)
+        self._start(unique, action, REQUEST_SIZE, self._write, data, offset, whole, buffer)
         return True
+
+    def _is_whole(self, buffer: MessageBuffer) -> bool:
+        """Whether the kernel can do nothing with the answer that a part of a WRITE is written.
+
+        What it writes back from its page cache would be lost without an error, and O_DIRECT, whose
+        pieces it sends at the same time, makes EIO of it.
+        """
+        place = protocol.WRITE_FLAGS_OFFSET
+        write_flags, open_flags = protocol.WRITE_FLAGS.unpack_from(buffer.view, place)
+        if write_flags & protocol.WRITE_CACHE:
+            return True
+        return bool(open_flags & os.O_DIRECT) and not self._direct_io
 
     def other(self, opcode: int, unique: int, request: memoryview) -> bool:
         """Start what is neither READ nor WRITE.
@@ -178,10 +196,15 @@ class Waiting:
         self._statistics.read_bytes += size
 
     async def _write(
-        self, unique: int, data: memoryview, offset: int, taken: MessageBuffer | None
+        self,
+        unique: int,
+        data: memoryview,
+        offset: int,
+        whole: bool,
+        taken: MessageBuffer | None,
     ) -> None:
         try:
-            written = await self._disk.write(data, offset)
+            written = await self._disk.write(data, offset, whole=whole)
             self._answers.reply(protocol.written_reply(unique, written))
             self._statistics.writes += 1
             self._statistics.slow_writes += 1

@@ -79,6 +79,7 @@ class Kernel:
             disk,
             inode=2,
             amendments=protocol.Amendments(0, 0, 16),
+            direct_io=False,
             open_flags=0,
             negotiated=lambda _: None,
         )

@@ -7,6 +7,8 @@ import re
 import select
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,6 +18,7 @@ import pytest
 
 from imagofs.fuse import mounts, unmounting
 from imagofs.fuse.control import Connection, ControlSocket
+from tests.conftest import NewImage
 from tests.mount.mounting import (
     PROGRAM,
     Mounted,
@@ -162,6 +165,42 @@ def test_second_sigterm_does_not_wait_for_users(both: Both, raw_image: Path) -> 
         os.pread(fd, 4096, 1 << 20)
     with suppress(OSError):  # close(2) is told as well
         os.close(fd)
+
+
+_SEEKER = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+pages = mmap.mmap(fd, 0)
+for start in range(0, len(pages), 256 << 10):
+    pages[start] = 1
+print("seeking", flush=True)
+os.lseek(fd, 0, os.SEEK_HOLE)
+"""
+
+
+@pytest.mark.parametrize("options", ["rw", "rw,stop_timeout=0"])
+def test_stopping_while_the_kernel_writes_back(
+    mount: MountImage, new_image: NewImage, options: str
+) -> None:
+    """SEEK_HOLE is answered once 4,000 pages are written: the daemon reads those WRITEs to the end.
+
+    Its thread waits for them in the kernel: not even SIGKILL would end it.
+    """
+    mounted = mount(new_image("1G"), options)
+    command = [sys.executable, "-c", _SEEKER, str(mounted.file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as seeker:
+        try:
+            assert seeker.stdout is not None
+            assert seeker.stdout.readline() == "seeking\n"
+            time.sleep(0.03)
+            mounted.signal(signal.SIGTERM)
+            if "stop_timeout" not in options:
+                time.sleep(0.02)
+                mounted.signal(signal.SIGTERM)
+            mounted.wait_for_end()
+        finally:
+            seeker.kill()
+    assert seeker.returncode == 0
 
 
 def test_sighup_and_sigusr1_change_nothing(both: Both, raw_image: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,6 +164,44 @@ def test_truncation(filled: Filled) -> None:
     assert caught.value.errno == errno.EPERM
     assert path.stat().st_size == 16 * MIB
     filled.check()
+
+
+@pytest.mark.parametrize(("options", "answer"), [("", 0), ("direct_io", MIB), ("writeback", 0)])
+def test_o_direct_across_the_end(
+    mount: MountImage, tmp_path: Path, options: str, answer: int
+) -> None:
+    """What fits is written. The kernel would make EIO of it, so it gets ENOSPC where it would."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(3 * MIB))
+    mounted = mount(image, f"rw,format=raw,{options}".rstrip(","))
+    fd = os.open(mounted.file, os.O_RDWR | os.O_DIRECT)
+    data = mmap.mmap(-1, 2 * MIB)
+    data[:] = random_bytes(2 * MIB)
+    if answer:
+        assert os.pwrite(fd, data, 2 * MIB) == answer
+    else:
+        with pytest.raises(OSError) as caught:
+            os.pwrite(fd, data, 2 * MIB)
+        assert caught.value.errno == errno.ENOSPC
+    os.close(fd)
+    mounted.umount()
+    assert image.read_bytes() == bytes(2 * MIB) + data[:MIB]
+
+
+@pytest.mark.parametrize("channel", ["on", "off"])
+def test_writeback_tells_what_it_lost(mount: MountImage, tmp_path: Path, channel: str) -> None:
+    """The kernel takes what lies past the end; the page that it writes back begins before it."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(b"d" * 300_000)
+    mounted = mount(image, f"rw,format=raw,writeback,channel={channel}")
+    fd = os.open(mounted.file, os.O_WRONLY | os.O_APPEND)
+    assert os.write(fd, b"lost") == 4
+    with pytest.raises(OSError) as caught:
+        os.fsync(fd)
+    assert caught.value.errno == errno.ENOSPC
+    os.close(fd)
+    mounted.umount()
+    assert image.read_bytes() == b"d" * 300_000
 
 
 def test_writes_past_the_end(filled: Filled) -> None:
