@@ -4,17 +4,24 @@ Once the disk is mounted the daemon may be another user, and it may not open fil
 unmount any more (`confining.py`). A few things remain that need such rights, most at its end. So
 before all that a child is forked that does these and nothing else: it is asked over a socket,
 touches no mount but the daemon's own, and ends with it.
+
+It also sees to it that the daemon's end is one. A thread may wait in the kernel for pages to be
+written back to the daemon's own mount; if the daemon is killed then, that thread, which nothing can
+end, keeps the connection open that nobody serves. So once the daemon's main thread has ended, and
+the daemon has not, the helper severs the connection.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import stat
 import struct
 import threading
+from contextlib import suppress
 
 from .errors import StorageError
 from .fuse import mounts, unmounting, utab
@@ -27,6 +34,9 @@ _NAME = b"imagofs-helper"
 #: CAP_DAC_READ_SEARCH: in whatever folders.
 _KEPT_CAPABILITIES = (21, 19, 1, 2)
 _CAPABILITY_VERSION = 0x20080522
+#: How often (seconds) the helper looks whether the daemon is still there. No signal and no pidfd
+#: tells of a process that has a thread left.
+_LOOK_SECONDS = 5.0
 
 
 class Helper:
@@ -105,8 +115,18 @@ class Helper:
 def _serve(connection: socket.socket, remove: str | None) -> None:
     """In the child: keep nothing of the parent's but the socket, and serve until it is closed."""
     _leave_the_parent(connection.fileno())
+    daemon = os.getppid()
     device, wanted = "", False
-    while request := connection.recv(_MESSAGE_BYTES):
+    interval: float | None = _LOOK_SECONDS
+    while True:
+        if not select.select([connection.fileno()], [], [], interval)[0]:
+            if device and _has_died(daemon):
+                _sever(device)
+                interval = None
+            continue
+        request = connection.recv(_MESSAGE_BYTES)
+        if not request:
+            break
         argument = os.fsdecode(request[1:])
         text = ""
         try:
@@ -123,6 +143,29 @@ def _serve(connection: socket.socket, remove: str | None) -> None:
         connection.send((answer + b" " + os.fsencode(text))[:_MESSAGE_BYTES])
     if remove is not None and wanted:
         _remove(remove)
+
+
+def _has_died(process: int) -> bool:
+    """Whether a process has ended but for threads that cannot: a zombie that nobody can reap."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except OSError:
+        return False
+
+
+def _sever(device: str) -> None:
+    """End the connection of the daemon's mount, which nobody serves any more."""
+    connection = device.rpartition(":")[2]
+    try:
+        # Also where the mount was detached and lives on while it is used.
+        with open(f"/sys/fs/fuse/connections/{connection}/abort", "wb", buffering=0) as abort:
+            abort.write(b"1")
+    except OSError:
+        for mount in mounts.mounts():
+            if mount.device == device and mount.fstype == mounts.FSTYPE:
+                with suppress(OSError):
+                    unmounting.sever(mount.point)
 
 
 def _leave_the_parent(kept: int) -> None:

@@ -203,6 +203,29 @@ def test_stopping_while_the_kernel_writes_back(
     assert seeker.returncode == 0
 
 
+def test_killed_while_the_kernel_writes_back(
+    mount: MountImage, new_image: NewImage, tmp_path: Path
+) -> None:
+    """The daemon's thread waits for WRITEs that nobody reads: its helper severs the connection."""
+    image = new_image("1G")
+    mounted = mount(image, "rw")
+    command = [sys.executable, "-c", _SEEKER, str(mounted.file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as seeker:
+        try:
+            assert seeker.stdout is not None
+            assert seeker.stdout.readline() == b"seeking\n"
+            time.sleep(0.05)
+            mounted.signal(signal.SIGKILL)
+            mounted.wait_for_end()
+            _, said = seeker.communicate(timeout=20)
+        finally:
+            seeker.kill()
+    assert b"ConnectionAbortedError" in said
+    # As after any other kill, the next mount takes the dead one's place.
+    again = mount(image, "rw", at=mounted.path)
+    assert again.file.stat().st_size == 1 << 30
+
+
 def test_sighup_and_sigusr1_change_nothing(both: Both, raw_image: Path) -> None:
     mounted = both(raw_image)
     mounted.signal(signal.SIGHUP)
