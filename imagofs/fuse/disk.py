@@ -355,6 +355,7 @@ class Disk:
 
         Raises:
             Refusal: EROFS, or ENOSPC if `target` is at or past the end.
+            ImagofsError: Nothing could be copied. What fails later is told the next time.
         """
         self.check_writable()
         length = self.clip(source, min(length, _COPY_LIMIT))
@@ -366,19 +367,29 @@ class Disk:
         buffer = memoryview(bytearray(min(length, _COPY_CHUNK)))
         copied = 0
         while copied < length:
-            mapping = await self.access.get_mapping(source + copied, length - copied)
-            if isinstance(mapping, ZeroMapping):
-                part = mapping.length
-                await self.access.discard_to_zero(target + copied, part)
-            else:
-                part = min(mapping.length, len(buffer))
-                if not part:
-                    break
-                await self.access.readv((buffer[:part],), source + copied)
-                await self.access.writev((buffer[:part],), target + copied)
+            try:
+                part = await self._copy(source + copied, target + copied, length - copied, buffer)
+            except ImagofsError:
+                if not copied:
+                    raise
+                break
+            if not part:
+                break
             copied += part
             await trio.lowlevel.checkpoint()
         return copied
+
+    async def _copy(self, source: int, target: int, length: int, buffer: memoryview) -> int:
+        """Copy a part of a range, through `buffer`. Returns its bytes: 0 where the disk ends."""
+        mapping = await self.access.get_mapping(source, length)
+        if isinstance(mapping, ZeroMapping):
+            await self.access.discard_to_zero(target, mapping.length)
+            return mapping.length
+        part = min(mapping.length, len(buffer))
+        if part:
+            await self.access.readv((buffer[:part],), source)
+            await self.access.writev((buffer[:part],), target)
+        return part
 
 
 async def _breathe(lookups: int) -> int:

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from imagofs.access import FormatAccess
+from imagofs.errors import StorageError
+from imagofs.format.raw import Raw
+from imagofs.fuse.disk import Disk
+from imagofs.storage.memory import MemoryStorage
 from tests import qemu
 from tests.conftest import NewImage
 from tests.mount.conftest import random_bytes
 from tests.mount.mounting import Mounted, MountImage, imagofs, wait_until
+from tests.support.storages import FaultyStorage
 
 MIB = 1 << 20
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE = 1, 2, 8, 16, 32, 64
@@ -134,6 +140,16 @@ def test_copy_file_range(filled: Filled) -> None:
         os.copy_file_range(filled.fd, filled.fd, 4096, 0, 16 * MIB)
     assert caught.value.errno == errno.ENOSPC
     filled.check()
+
+
+async def test_what_was_copied_before_an_error_is_told() -> None:
+    storage = FaultyStorage(MemoryStorage(bytes(MIB) + b"x" * 3 * MIB))
+    async with FormatAccess(Raw(storage, writable=True)) as access:
+        disk = Disk(access, writable=True)
+        storage.kind, storage.nth, storage.forever = "write", 2, True
+        assert await disk.copy(MIB, 0, 3 * MIB) == MIB
+        with pytest.raises(StorageError):
+            await disk.copy(2 * MIB, MIB, 2 * MIB)
 
 
 def test_copied_holes_stay_holes(mount: MountImage, new_image: NewImage) -> None:
