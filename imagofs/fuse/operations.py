@@ -266,7 +266,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        # pyfuse3 does not say who asks; whole pages are all that is written back.
+        # pyfuse3 does not say who writes: under writeback it is the kernel, mostly, for its pages.
         return await self.disk.write(memoryview(buf), off, whole=self.disk.writeback)
 
     @_answered

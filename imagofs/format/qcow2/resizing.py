@@ -161,8 +161,10 @@ async def _hide(driver: Qcow2, writer: Writer, old_size: int, size: int) -> None
     if covered > first:
         await writer.write_zeroes(first, covered - first, allocate=False)
         first = min(-(-covered // unit) * unit, size)
-    if first < size:
-        await writer.discard(first, size - first, DiscardTo.BACKING)
+    # Growing that was given up may have left mappings there.
+    end = min(size, _mapped_end(driver.metadata))
+    if first < end:
+        await writer.discard(first, end - first, DiscardTo.BACKING)
 
 
 async def _preallocate(
