@@ -109,12 +109,20 @@ class Disk:
     def open(self, flags: int) -> int:
         """A new handle for open(2) with `flags`.
 
+        O_TRUNC is among them without the channel only; with it, it comes as `truncate`. Once it is
+        answered, the kernel takes the file for empty until it asks for the size: it drops what was
+        changed through a mapping, and under writeback writes zeroes around what comes next.
+
         Raises:
-            Refusal: EROFS, for writing on a read-only mount.
+            Refusal: EROFS, for writing on a read-only mount. ETXTBSY, for O_TRUNC while the kernel
+                may hold changed pages.
         """
         writes = flags & os.O_ACCMODE != os.O_RDONLY
-        if writes and not self.writable:
-            raise Refusal(errno.EROFS)
+        truncates = bool(flags & os.O_TRUNC)
+        if writes or truncates:
+            self.check_writable()
+        if truncates and self.may_have_dirty_pages:
+            raise Refusal(errno.ETXTBSY)
         handle = next(self._handles)
         if writes:
             self._writing_handles.add(handle)
