@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .creating import create_qcow2
 from .errors import ChainError, StorageError
 from .format import probe_format
-from .gate import ImplicitOpenGate, ImplicitOpenRequest
+from .gate import ImplicitOpenGate, ImplicitOpenRequest, Role
 from .opening import open_image, open_storage
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class _OverlayGate(ImplicitOpenGate):
 
     def check(self, request: ImplicitOpenRequest) -> None:
         """Let the file pass, or raise what the other gate raises."""
-        if request.depth > 1:
+        if request.depth > 1 or request.role is not Role.BACKING:
             self._gate.check(request)
         elif request.path != self._image:
             raise ChainError(

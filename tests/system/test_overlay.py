@@ -129,3 +129,17 @@ def test_locks(new_image: NewImage, mount: MountImage) -> None:
     qemu.qemu_io(image, "length", read_only=True)
     with pytest.raises(AssertionError, match="lock"):
         qemu.qemu_io(image, "length")
+
+
+def test_one_with_a_data_file(new_image: NewImage, mount: MountImage, tmp_path: Path) -> None:
+    image = new_image("1M", writes=["write -P 65 0 8k"])
+    before = fingerprint(image)
+    data = tmp_path / "kept.data"
+    overlay = qemu.create(tmp_path / "kept.qcow2", backing=image, data_file=str(data))
+    mounted = mount(image, f"overlay={overlay}")
+    with mounted.file.open("r+b") as file:
+        file.write(b"new")
+    mounted.umount()
+    assert fingerprint(image) == before
+    assert b"new" in data.read_bytes()
+    assert qemu.contents(overlay)[:4] == b"newA"
