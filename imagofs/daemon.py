@@ -251,6 +251,9 @@ class _Daemon:
         from . import metrics_socket
 
         confinement = self._prepare_confinement()
+        # What is not read by the end is delivered then, and these would make a failure of it.
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         # From here on until the end is written nothing but SIGKILL ends the process early.
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             access = await self._open_unless_told_to_end(signals)

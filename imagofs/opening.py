@@ -138,6 +138,13 @@ class OpenContext:
             seen=self.seen | _identity(storage),
         )
 
+    def below(self, data_file: Storage) -> OpenContext:
+        """The context of the backing file of an image whose `data_file` is written to.
+
+        That file may be nothing else in the chain: what is below the top never changes.
+        """
+        return replace(self, seen=self.seen | _identity(data_file))
+
     async def open_backing(self, name: str, format_name: str | None) -> FormatAccess:
         """Open the backing file `name`, read-only; its format is probed if none is given.
 

@@ -99,7 +99,10 @@ def test_the_gate_still_judges(new_image: NewImage, mount: MountImage, tmp_path:
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_a_signal_while_it_is_opened(new_image: NewImage, tmp_path: Path, mount: object) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_signal_while_it_is_opened(
+    new_image: NewImage, tmp_path: Path, mount: object, order: int
+) -> None:
     """Nothing of the overlay is left, and to end when told so is no failure."""
     script = (
         "import sys, trio, imagofs.overlaying\n"
@@ -114,8 +117,8 @@ def test_a_signal_while_it_is_opened(new_image: NewImage, tmp_path: Path, mount:
     folder = tmp_path / "temporary"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: any(file.stat().st_size for file in folder.iterdir()))
-        process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGTERM)
+        for number in (signal.SIGUSR1, signal.SIGTERM)[::order]:
+            process.send_signal(number)
         _, stderr = process.communicate(timeout=20)
     assert (process.returncode, list(folder.iterdir())) == (0, [])
     assert "told to end" in stderr and "Traceback" not in stderr
@@ -143,3 +146,18 @@ def test_one_with_a_data_file(new_image: NewImage, mount: MountImage, tmp_path: 
     assert fingerprint(image) == before
     assert b"new" in data.read_bytes()
     assert qemu.contents(overlay)[:4] == b"newA"
+
+
+def test_one_whose_data_file_is_the_image(
+    new_image: NewImage, mount: MountImage, tmp_path: Path
+) -> None:
+    """What is below the top is never written to, whatever refers to it."""
+    image = new_image("1M", writes=["write -P 65 0 8k"])
+    before = fingerprint(image)
+    data = tmp_path / "kept.data"
+    overlay = qemu.create(tmp_path / "kept.qcow2", backing=image, data_file=str(data))
+    data.unlink()
+    data.hardlink_to(image)
+    with pytest.raises(AssertionError, match="is open in the chain already"):
+        mount(image, f"overlay={overlay}", "lock=off")
+    assert fingerprint(image) == before

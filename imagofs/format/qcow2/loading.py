@@ -123,7 +123,8 @@ async def load(
     try:
         if isinstance(backing, FromHeader):
             if header.backing_file is not None:
-                opened_backing = await context.open_backing(
+                opener = context.below(data_storage) if writable else context
+                opened_backing = await opener.open_backing(
                     header.backing_file, header.backing_format
                 )
             backing = opened_backing
