@@ -5,8 +5,8 @@ Requests are checked here, resolved through the chain's map, split where it says
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .caching import DEFAULT_METADATA_BYTES, MetadataCache
 from .errors import ClosedError, OutOfRangeError, WrongTypeError
@@ -40,18 +40,9 @@ _TABLES_PER_LAYER = 16 << 10
 _MOST_FILE_RANGES = 64
 
 
-class FileRange(NamedTuple):
-    """A range of an open file, all of it in the page cache.
-
-    Attributes:
-        fd: The descriptor, which its storage keeps.
-        offset: Where it begins, in bytes.
-        length: Bytes.
-    """
-
-    fd: int
-    offset: int
-    length: int
+#: A range of an open file: its descriptor, which its storage keeps; where it begins; its length
+#: (bytes). A plain tuple, as ten of them may belong to one READ.
+FileRange: TypeAlias = tuple[int, int, int]
 
 
 class Dependencies(NamedTuple):
@@ -87,6 +78,8 @@ class ReadAccess:
         self._cache.hold_at_least(len(self._map.layers) * _TABLES_PER_LAYER)
         self._readers = tuple(storage.readv_nowait for storage in self._map.storages)
         self._writers = tuple(storage.writev_nowait for storage in self._map.storages)
+        self._page_cache_fds = tuple(storage.page_cache_fd for storage in self._map.storages)
+        self._splice_fds = tuple(storage.splice_fd for storage in self._map.storages)
         # The fast path's own copies: an attribute less on each request.
         self._namespace = self._map.namespace
         self._chunk_bits = self._map.chunk_bits
@@ -230,20 +223,35 @@ class ReadAccess:
         Returns:
             At most 64 places, one after the other, good until anything else runs; None: read it.
         """
+        return self._file_ranges(guest_offset, length, self._page_cache_fds)
+
+    def file_ranges(self, guest_offset: int, length: int) -> list[FileRange] | None:
+        """As `cached_ranges`, whether the page cache has the bytes or not. A plain function.
+
+        Returns:
+            Places that are good until the image is written to or closed; None: read it.
+        """
+        return self._file_ranges(guest_offset, length, self._splice_fds)
+
+    def _file_ranges(
+        self, guest_offset: int, length: int, fds: tuple[Callable[[int, int], int], ...]
+    ) -> list[FileRange] | None:
         try:
-            runs = self._map.runs(guest_offset, length)
+            places: Sequence[tuple[int, int, int]] | None = self._map.places(guest_offset, length)
+            if places is None:
+                places = self._map.runs(guest_offset, length)
         except NotCached:
             return None
-        if len(runs) > _MOST_FILE_RANGES:
+        if len(places) > _MOST_FILE_RANGES:
             return None
         ranges = []
-        for code, place, run_length in runs:
+        for code, place, part in places:
             if code >= _FIRST_CODE:
                 return None
-            fd = self._map.storages[code].page_cache_fd(place, run_length)
+            fd = fds[code](place, part)
             if fd < 0:
                 return None
-            ranges.append(FileRange(fd, place, run_length))
+            ranges.append((fd, place, part))
         return ranges
 
     # --- lending --------------------------------------------------------------------------------

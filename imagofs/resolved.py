@@ -34,7 +34,8 @@ MIXED = 253  #: no single answer for the granule: ask layer by layer
 UNRESOLVED = 252  #: not looked up yet
 _FIRST_CODE = UNRESOLVED
 
-CHUNK_GRANULES = 512
+_CHUNK_GRANULE_BITS = 9
+CHUNK_GRANULES = 1 << _CHUNK_GRANULE_BITS
 _LARGEST_GRANULE = 2 << 20
 _BLANK = array("Q", [UNRESOLVED]) * CHUNK_GRANULES
 
@@ -203,6 +204,45 @@ class ResolvedMap:
             first = until + 1
         runs.append(_run(begun, start, end, granule))
         return runs
+
+    def places(self, guest_offset: int, length: int) -> list[tuple[int, int, int]] | None:
+        """The places of a range, if all are known and in storages. A plain function.
+
+        What `runs` gives, for who cannot wait: in plain tuples, and in a third of the time.
+
+        Returns:
+            Index into `storages`, host offset and length of each; None: ask `runs`.
+        """
+        bits = self.granule_bits
+        first = guest_offset >> bits
+        last = guest_offset + length - 1 >> bits
+        if (first ^ last) >> _CHUNK_GRANULE_BITS:
+            return None
+        chunk = self.cache.get(self.namespace + (first >> _CHUNK_GRANULE_BITS))
+        if chunk is None:
+            return None
+        granule = self.granule
+        start = guest_offset  # where the place begins
+        position = first << bits  # where the granule begins
+        index = first & CHUNK_GRANULES - 1
+        expected = -1
+        code = host_offset = 0
+        places = []
+        for entry in chunk[index : index + last - first + 1]:
+            entry &= ~IN_PLACE
+            if entry != expected:
+                if expected >= 0:
+                    places.append((code, host_offset, position - start))
+                    start = position
+                code = entry & STORAGE_MASK
+                if code >= _FIRST_CODE:
+                    return None
+                host_offset = (entry & HOST_OFFSET_MASK) + start - position
+                expected = entry
+            expected += granule
+            position += granule
+        places.append((code, host_offset, guest_offset + length - start))
+        return places
 
     def forget(self, guest_offset: int, length: int) -> None:
         """Look the range up anew: the top layer's mapping changed. A plain function."""

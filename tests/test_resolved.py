@@ -90,6 +90,22 @@ def test_runs(answers: dict[int, int], data: st.DataObject) -> None:
             assert resolved.runs(offset, length, in_place=True) == []
 
 
+@given(layouts(), st.data())
+def test_places(answers: dict[int, int], data: st.DataObject) -> None:
+    resolved = resolved_map(answers)
+    first, last = min(answers) * GRANULE, (max(answers) + 1) * GRANULE
+    assert resolved.places(first, GRANULE) is None, "not looked up yet"
+    resolved.runs(first, last - first)
+    boundary = CHUNK_GRANULES * GRANULE
+    for _ in range(3):
+        offset = data.draw(st.integers(first, last - 1))
+        length = data.draw(st.integers(1, last - offset))
+        runs = resolved.runs(offset, length)
+        known = offset // boundary == (offset + length - 1) // boundary
+        known = known and all(run.code < 3 for run in runs)
+        assert resolved.places(offset, length) == (runs if known else None)
+
+
 def test_a_table_that_is_missing_is_asked_for_once_it_is_needed() -> None:
     answers = {0: place(5, 0, True), 1: base.NOT_CACHED}
     resolved = resolved_map(answers)

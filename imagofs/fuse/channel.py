@@ -11,6 +11,8 @@ Rules that live here:
   the image. The data of a large READ are not copied here: they go from the page cache through a
   pipe (`large_replies.py`), or from where the image keeps what it inflated. What cannot be answered
   like this becomes a task of its own (`waiting.py`).
+- Of an image that nobody writes to, one large reply at a time is the kernel's (`reply_ring.py`), as
+  long as the page cache has what was looked for: what waits for a device is better off in a task.
 - While replies are in pipes, nothing is done to a writable image: they refer to its pages.
 - What the second thread is given of large WRITEs (`large_writes.py`) is done before a burst ends:
   meanwhile READs and WRITEs are answered, and no task runs.
@@ -46,6 +48,7 @@ from .protocol import (
     WRITE,
     WRITE_DATA_OFFSET,
 )
+from .reply_ring import ReplyRing, open_reply_ring
 from .second_thread import SecondThread
 from .statistics import SAMPLE_EVERY
 from .waiting import SPARE_BUFFERS, Waiting
@@ -58,6 +61,10 @@ __all__ = ["Channel"]
 #: Work that one burst may do before others get a turn: a request counts 1, and 1 for each 256 KiB.
 _BUDGET = 64
 _BUDGET_SHIFT = 18
+#: Once this many large READs in turn were in the page cache, the next are handed to the kernel
+#: without looking.
+_CACHED_IN_TURN = 4
+_SETTLE_SECONDS = 0.001  # between looks, at the end
 #: A WRITE of at least this much is done in the second thread, if another request is there.
 _LARGE_WRITE_BYTES = 256 << 10
 #: To wake somebody costs more than to answer. So, once this many requests in turn were there when
@@ -144,6 +151,12 @@ class Channel:
         self._waiting = Waiting(disk, answers, self.statistics, self._requests, direct_io=direct_io)
         self._second = SecondThread()
         self._large = LargeReplies(self._fd, self._second, answers.not_sent)
+        self._ring = (
+            None
+            if disk.writable
+            else open_reply_ring(self._fd, failed=self._ring_failed, not_sent=answers.not_sent)
+        )
+        self._cached_replies = 0  # in turn, as far as was looked
         self._large_writes = LargeWrites(
             self._second,
             written=self._large_is_written,
@@ -167,6 +180,9 @@ class Channel:
         self._scope = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             self._waiting.nursery = nursery
+            self._watching = trio.CancelScope()
+            if self._ring:
+                nursery.start_soon(self._watch_ring, self._ring)
             with self._scope:
                 await self._answer()
             self._disk.launder = None
@@ -174,8 +190,16 @@ class Channel:
                 # The kernel writes back for it, and would wait for ever: not even a signal helps.
                 with trio.CancelScope() as self._until_laundered:
                     await self._answer()
+            await self._settle_ring()
         self._large.settle()
         await self._forwarder.settle()
+
+    async def _settle_ring(self) -> None:
+        """Return when the kernel sends no reply by itself any more."""
+        self._watching.cancel()
+        while self._ring and self._ring.is_busy:
+            self._ring.reap()
+            await trio.sleep(_SETTLE_SECONDS)
 
     async def _answer(self) -> None:
         """Answer requests until the kernel ends the connection."""
@@ -221,6 +245,7 @@ class Channel:
         streak = send_at = 0
         large = self._large
         in_pipes = large.is_sending  # replies that are not sent yet
+        sender = self._ring
         large_writes = self._large_writes
         handed = False  # whether a WRITE was handed over
         request = self._request
@@ -243,6 +268,8 @@ class Channel:
                         reply_each(held)
                         reply = ring[0]
                         continue
+                    if sender and sender.is_busy and sender.reap():
+                        self._cached_replies = 0
                     if in_pipes:
                         found = large.finish()
                         in_pipes = writable and large.is_sending
@@ -283,7 +310,9 @@ class Channel:
                     data, filled = reply.slices.get(size) or reply.slice(size)
                     try:
                         sent = (
-                            send_large(unique, offset, size) if size >= LARGE_READ_BYTES else None
+                            send_large(unique, offset, size, timed)
+                            if size >= LARGE_READ_BYTES
+                            else None
                         )
                         done = not size or read_nowait(data, offset) if sent is None else sent
                     except Exception as error:
@@ -366,8 +395,14 @@ class Channel:
             statistics.write_bytes += write_bytes
         return _MORE
 
-    def _send_large(self, unique: int, offset: int, size: int) -> bool | None:
+    def _send_large(self, unique: int, offset: int, size: int, timed: bool) -> bool | None:
         """Answer a large READ from where its bytes are in memory. A plain function.
+
+        Args:
+            unique: The request's number.
+            offset: Where it begins.
+            size: Bytes.
+            timed: Whether it has to be answered when this returns, or when it is finished.
 
         Returns:
             True: answered, or in a pipe. False: it must wait, for what it needs is to be inflated.
@@ -380,10 +415,35 @@ class Channel:
             if lent:
                 self._answers.reply(header, lent)
             return bool(lent)
+        ring = self._ring
+        if ring and self._cached_replies >= _CACHED_IN_TURN and not timed:
+            if ring.is_busy and ring.reap():
+                self._cached_replies = 0
+            elif not ring.is_busy:
+                ranges = access.file_ranges(offset, size)
+                if ranges and ring.send(header, ranges, (unique, offset, size)):
+                    return True
         ranges = access.cached_ranges(offset, size)
         if ranges is None:
+            self._cached_replies = 0
             return None
+        self._cached_replies += 1
         return self._large.prepare(header, ranges) or None
+
+    def _ring_failed(self, request: tuple[int, int, int]) -> None:
+        """Answer a large READ whose reply the kernel could not gather."""
+        self._cached_replies = 0
+        unique, offset, size = request
+        self.statistics.reads -= 1
+        self.statistics.read_bytes -= size
+        self._waiting.read(unique, offset, size)
+
+    async def _watch_ring(self, ring: ReplyRing) -> None:
+        """Look after the ring while nothing else comes by."""
+        with self._watching:
+            while True:
+                await trio.lowlevel.wait_readable(ring.fd)
+                ring.reap()
 
     def _sleep(self) -> bool:
         """Wait a moment for a request, in the thread. A plain function.
@@ -469,6 +529,8 @@ class Channel:
         """Put the real descriptor back where pyfuse3 reads, once its loop has ended."""
         self._disk.launder = None
         self._large.close()
+        if self._ring:
+            self._ring.close()
         self._second.close()
         os.dup2(self._fd, self._session_fd, inheritable=False)
         os.close(self._fd)

@@ -17,7 +17,7 @@ from .protocol import MAX_WRITE
 if TYPE_CHECKING:
     from ..reading import FileRange
 
-__all__ = ["ReplyPipe"]
+__all__ = ["ReplyPipe", "open_pipe"]
 
 #: Room for each page of the largest reply, its header, and a page that is cut in two for each of
 #: 64 ranges: twice the reply's size. More than 1 MiB would need a right.
@@ -88,16 +88,33 @@ class ReplyPipe:
         if self._input >= 0 or not self._patience:
             return self._patience > 0
         try:
-            self._output, self._input = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            ends = open_pipe()
         except OSError:
             return False
-        try:
-            fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        except OSError:  # the user has too much in pipes
+        if ends is None:
             self._patience = 0
-            self.close()
             return False
+        self._output, self._input = ends
         return True
+
+
+def open_pipe() -> tuple[int, int] | None:
+    """A pipe with room for any reply: where it comes out, and where it goes in.
+
+    Returns:
+        Its ends, neither of which ever blocks; None if the user has too much in pipes.
+
+    Raises:
+        OSError: There are too many descriptors.
+    """
+    ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError:
+        for end in ends:
+            os.close(end)
+        return None
+    return ends
 
 
 def _fill(pipe: int, fd: int, offset: int, length: int) -> None:

@@ -178,6 +178,19 @@ class Storage(ABC):
         """
         return -1
 
+    def splice_fd(self, offset: int, length: int) -> int:
+        """A descriptor that a range can be spliced from, though that may wait, if there is one.
+
+        Args:
+            offset: Of the range, not negative.
+            length: Bytes, above zero.
+
+        Returns:
+            The descriptor, at whose `offset` the range is; -1: read it. It is the storage's own,
+            and good until that is closed.
+        """
+        return -1
+
     # --- what a driver implements -----------------------------------------------------------
     #
     # Called with checked arguments only: the storage is open (and writable, where it changes

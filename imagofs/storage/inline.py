@@ -145,11 +145,17 @@ class InlineStorage(Storage):
             fill_views(split_views([*views], inside)[1])
         return total
 
+    def splice_fd(self, offset: int, length: int) -> int:
+        """The file, if it has the range. See `Storage.splice_fd`."""
+        # Where RWF_NOWAIT is not known, splice(2) may wait for more than pages (NFS: for a server).
+        if not self._nowait_flags or offset + length > self._size:
+            return -1
+        return self._read_fd
+
     def page_cache_fd(self, offset: int, length: int) -> int:
         """The file, if the page cache has the range. See `Storage.page_cache_fd`."""
-        fd = self._read_fd
-        # Where RWF_NOWAIT is not known, splice(2) may wait for more than pages (NFS: for a server).
-        if fd < 0 or not self._nowait_flags or offset + length > self._size:
+        fd = self.splice_fd(offset, length)
+        if fd < 0:
             return -1
         if self._residency is None:
             self._residency = Residency(fd)

@@ -708,6 +708,7 @@ def test_sync_format_access(tmp_path):
         "lend",
         "lend_nowait",
         "cached_ranges",
+        "file_ranges",
     )
     for name in dir(FormatAccess):
         if not name.startswith("_") and name not in not_blocking:

@@ -13,7 +13,6 @@ from typing import Any
 from imagofs.fuse import protocol
 from imagofs.fuse.channel import Channel
 from imagofs.fuse.large_replies import LargeReplies
-from imagofs.reading import FileRange
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -68,7 +67,7 @@ class Kernel:
         self.write: Callable[[memoryview, int], bool] = self._write_nowait
         access = SimpleNamespace(
             lend_nowait=lambda *_: None,
-            cached_ranges=lambda *_: [FileRange(file, 0, 1)],  # or the socket would be full
+            cached_ranges=lambda *_: [(file, 0, 1)],  # or the socket would be full
             read_nowait=None,
             write_nowait=lambda view, offset: self.write(view, offset),
             prepare_write_nowait=lambda view, offset: partial(self.write, view, offset),
