@@ -183,23 +183,30 @@ class Channel:
             self._watching = trio.CancelScope()
             if self._ring:
                 nursery.start_soon(self._watch_ring, self._ring)
-            with self._scope:
-                await self._answer()
-            self._disk.launder = None
-            if self._laundering:
-                # The kernel writes back for it, and would wait for ever: not even a signal helps.
-                with trio.CancelScope() as self._until_laundered:
+            try:
+                with self._scope:
                     await self._answer()
-            await self._settle_ring()
+                self._disk.launder = None
+                if self._laundering:
+                    # The kernel writes back for it, and would wait for ever: not even a signal
+                    # helps.
+                    with trio.CancelScope() as self._until_laundered:
+                        await self._answer()
+            finally:
+                await self._settle_ring()
         self._large.settle()
         await self._forwarder.settle()
 
     async def _settle_ring(self) -> None:
-        """Return when the kernel sends no reply by itself any more."""
+        """Return when the kernel sends no reply by itself any more.
+
+        Whatever ends the channel: files are closed next, and the kernel goes by their numbers.
+        """
         self._watching.cancel()
-        while self._ring and self._ring.is_busy:
-            self._ring.reap()
-            await trio.sleep(_SETTLE_SECONDS)
+        with trio.CancelScope(shield=True):
+            while self._ring and self._ring.is_busy:
+                self._ring.reap()
+                await trio.sleep(_SETTLE_SECONDS)
 
     async def _answer(self) -> None:
         """Answer requests until the kernel ends the connection."""
@@ -416,10 +423,10 @@ class Channel:
                 self._answers.reply(header, lent)
             return bool(lent)
         ring = self._ring
-        if ring and self._cached_replies >= _CACHED_IN_TURN and not timed:
+        if ring and not timed:
             if ring.is_busy and ring.reap():
                 self._cached_replies = 0
-            elif not ring.is_busy:
+            if self._cached_replies >= _CACHED_IN_TURN and not ring.is_busy:
                 ranges = access.file_ranges(offset, size)
                 if ranges and ring.send(header, ranges, (unique, offset, size)):
                     return True
@@ -443,7 +450,8 @@ class Channel:
         with self._watching:
             while True:
                 await trio.lowlevel.wait_readable(ring.fd)
-                ring.reap()
+                if ring.reap():
+                    self._cached_replies = 0
 
     def _sleep(self) -> bool:
         """Wait a moment for a request, in the thread. A plain function.

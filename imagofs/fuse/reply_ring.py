@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
+from .answers import ENDED
 from .reply_pipe import open_pipe
 
 __all__ = ["ReplyRing", "open_reply_ring"]
@@ -59,6 +60,11 @@ _SEND = _MOST_SPLICES - 1  # the entry that sends
 #: A reply that took longer waited for a file (seconds). Who reads alone would have its pieces read
 #: one after the other; tasks read several at a time.
 _SLOW = 0.002
+#: It could not be gathered this often in turn: a file system does not know how, or the system lets
+#: the kernel have no thread for it.
+_PATIENCE = 16
+#: Errors of a send that say that nobody waits for the reply any more.
+_GONE = frozenset({errno.ENOENT, *ENDED})
 
 
 class ReplyRing:
@@ -68,7 +74,7 @@ class ReplyRing:
         connection: The descriptor, an open /dev/fuse.
         failed: Called in `reap` with the request whose reply was not sent: answer it.
         not_sent: Called in `reap` with why the kernel refused a whole reply, as it does when the
-            request was aborted.
+            request was aborted; then `failed` is called too, unless nobody waits any more.
 
     Raises:
         OSError: The system has no such rings, or not for this process.
@@ -96,6 +102,7 @@ class ReplyRing:
         self._total = 0
         self._begun = 0.0
         self._broken = False
+        self._patience = _PATIENCE
         self._maps: list[mmap.mmap] = []
         self._output = self._input = self.fd = -1
         self._connection = connection
@@ -146,8 +153,8 @@ class ReplyRing:
         try:
             ends = open_pipe()
         except OSError:
-            ends = None
-        if ends is None:
+            return False
+        if ends is None:  # the user has too much in pipes
             self._broken = True
             return False
         self._output, self._input = ends
@@ -226,17 +233,21 @@ class ReplyRing:
         if not self.is_busy:  # what was taken of a reply that was not begun
             return False
         self.is_busy = False
-        if result != self._total:
-            self._fail(bool(is_send), result)
+        if result == self._total:
+            self._patience = _PATIENCE
+        else:
+            self._fail((1 << 32) - result if is_send and result >> 31 else 0)
         return monotonic() - self._begun > _SLOW
 
-    def _fail(self, is_send: bool, result: int) -> None:
+    def _fail(self, refused: int) -> None:
+        """Deal with a reply that was not sent: `refused` says why, 0 if it was not gathered."""
         self._close_pipe()  # with what is in it
-        if is_send and result >> 31:
-            error = (1 << 32) - result
-            self._not_sent(OSError(error, os.strerror(error)))
-        else:
-            # A file that could not be read, or ends before.
+        if refused:
+            self._not_sent(OSError(refused, os.strerror(refused)))
+        if refused not in _GONE:
+            # A file that could not be read or ends before, or no memory.
+            self._patience -= 1
+            self._broken = self._broken or not self._patience
             self._failed(self._request)
 
     def close(self) -> None:

@@ -132,7 +132,30 @@ def test_a_reply_that_is_refused(other: Other, file: int) -> None:
         assert other.ring.send(b"header", [(file, 0, 5000)], (1, 2, 3))
         other.settle()
         assert other.errors == [errno.EPIPE] * count
+        assert len(other.failed) == count, "somebody may be waiting"
+
+
+def test_a_reply_that_nobody_waits_for(
+    other: Other, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_ring, "_GONE", {errno.EPIPE})
+    other.there.close()
+    for _ in range(20):
+        assert other.ring.send(b"header", [(file, 0, 5000)], (1, 2, 3))
+        other.settle()
     assert not other.failed
+
+
+def test_it_gives_up_where_nothing_can_be_gathered(other: Other, file: int) -> None:
+    for bad in (15, 15, 16):
+        assert other.ring.send(b"h", [(file, 0, 1)], (1, 2, 3))
+        assert other.receives(b"h" + DATA[:1])
+        other.settle()
+        for _ in range(bad):
+            assert other.ring.send(b"header", [(file, MIB, 1)], (1, 2, 3))
+            other.settle()
+    assert len(other.failed) == 15 + 15 + 16
+    assert not other.ring.send(b"h", [(file, 0, 1)], (1, 2, 3))
 
 
 def test_slow_replies_are_told(other: Other, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +217,19 @@ def test_a_system_that_takes_a_part(
 
 
 def test_no_pipe(other: Other, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply_ring, "open_pipe", lambda: None)
-    assert not other.ring.send(b"header", [(file, 0, 1)], (1, 2, 3))
+    def too_many() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    def sends() -> bool:
+        return other.ring.send(b"header", [(file, 0, 1)], (1, 2, 3))
+
+    for refuse, passes in ((too_many, True), (lambda: None, False)):
+        monkeypatch.setattr(reply_ring, "open_pipe", refuse)
+        assert not sends()
+        monkeypatch.undo()
+        assert sends() is passes
+        other.settle()
+        other.ring._close_pipe()
 
 
 def test_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
