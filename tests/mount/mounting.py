@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
@@ -132,3 +133,14 @@ def mounting(folder: Path) -> Iterator[MountImage]:
     finally:
         for mounted in reversed(up):
             mounted.clean_up()
+
+
+def read_direct(mounted: Mounted, offset: int, length: int) -> bytes:
+    """Read past the kernel's cache of the mount."""
+    fd = os.open(mounted.file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        buffer = mmap.mmap(-1, length)
+        done = os.preadv(fd, [buffer], offset)
+        return buffer[:done]
+    finally:
+        os.close(fd)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import random
 import socket
@@ -23,7 +22,7 @@ from imagofs.storage import syscalls
 from tests import qemu
 from tests.mount.conftest import random_bytes
 from tests.mount.kernel import Kernel, Second, fail
-from tests.mount.mounting import Mounted, MountImage
+from tests.mount.mounting import Mounted, MountImage, read_direct
 
 MIB = 1 << 20
 KIB = 1 << 10
@@ -274,17 +273,6 @@ def has_pipe(mounted: Mounted) -> bool:
             if size == MIB:
                 return True
     return False
-
-
-def read_direct(mounted: Mounted, offset: int, length: int) -> bytes:
-    """Read past the kernel's cache of the mount."""
-    fd = os.open(mounted.file, os.O_RDONLY | os.O_DIRECT)
-    try:
-        buffer = mmap.mmap(-1, length)
-        done = os.preadv(fd, [buffer], offset)
-        return buffer[:done]
-    finally:
-        os.close(fd)
 
 
 def drop(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import random
 import socket
@@ -22,7 +21,7 @@ from imagofs.fuse.reply_ring import ReplyRing, open_reply_ring
 from tests import qemu
 from tests.mount.conftest import random_bytes
 from tests.mount.kernel import fail
-from tests.mount.mounting import Mounted, MountImage, imagofs, wait_until
+from tests.mount.mounting import Mounted, MountImage, imagofs, read_direct, wait_until
 
 MIB = 1 << 20
 KIB = 1 << 10
@@ -52,7 +51,11 @@ class Other:
         wait_until(is_done)
 
     def receives(self, expected: bytes) -> bool:
-        return self.there.recv(len(expected), socket.MSG_WAITALL) == expected
+        # With a time limit MSG_WAITALL does not wait for all.
+        received = bytearray()
+        while len(received) < len(expected):
+            received += self.there.recv(len(expected) - len(received))
+        return received == expected
 
     def receives_nothing(self) -> bool:
         self.there.setblocking(False)
@@ -254,16 +257,6 @@ def test_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- mounts ---------------------------------------------------------------------------------------
-
-
-def read_direct(mounted: Mounted, offset: int, length: int) -> bytes:
-    fd = os.open(mounted.file, os.O_RDONLY | os.O_DIRECT)
-    try:
-        buffer = mmap.mmap(-1, length)
-        done = os.preadv(fd, [buffer], offset)
-        return buffer[:done]
-    finally:
-        os.close(fd)
 
 
 def kernel_threads(mounted: Mounted) -> int:
