@@ -23,10 +23,13 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .answers import ENDED
 from .reply_pipe import open_pipe
+
+if TYPE_CHECKING:
+    from ..reading import FileRange
 
 __all__ = ["ReplyRing", "open_reply_ring"]
 
@@ -173,14 +176,13 @@ class ReplyRing:
             self._output = self._input = -1
 
     def send(
-        self, header: bytes, ranges: Sequence[tuple[int, int, int]], request: tuple[int, int, int]
+        self, header: bytes, ranges: Sequence[FileRange], request: tuple[int, int, int]
     ) -> bool:
         """Begin to send a reply. `is_busy` is false, and then true.
 
         Args:
             header: Of the reply, whose length counts the data.
-            ranges: The data: descriptors, with an offset and a length each (bytes). They stay open
-                until it is sent.
+            ranges: The data. Their files stay open until it is sent.
             request: For `failed`.
 
         Returns:
