@@ -249,7 +249,7 @@ _DENIED: Final = (
     "setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat "
     "open_by_handle_at mknod mknodat "
     # ways around a filter, and large pieces of the kernel; a ring that there is can only splice
-    # (fuse/reply_ring.py)
+    # (fuse/splice_ring.py)
     "io_uring_setup io_uring_register bpf perf_event_open userfaultfd keyctl "
     "add_key request_key personality modify_ldt "
     # the machine

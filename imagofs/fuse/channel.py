@@ -13,6 +13,8 @@ Rules that live here:
   like this becomes a task of its own (`waiting.py`).
 - Of an image that nobody writes to, one large reply at a time is the kernel's (`reply_ring.py`), as
   long as the page cache has what was looked for: what waits for a device is better off in a task.
+  While nothing is to be done, the data of those are gathered that are expected to be ours next
+  (`replies_ahead.py`).
 - While replies are in pipes, nothing is done to a writable image: they refer to its pages.
 - What the second thread is given of large WRITEs (`large_writes.py`) is done before a burst ends:
   meanwhile READs and WRITEs are answered, and no task runs.
@@ -28,6 +30,7 @@ import errno
 import os
 import select
 from collections.abc import Callable
+from functools import partial
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
@@ -55,6 +58,8 @@ from .waiting import SPARE_BUFFERS, Waiting
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from ..reading import FileRange
 
 __all__ = ["Channel"]
 
@@ -154,7 +159,12 @@ class Channel:
         self._ring = (
             None
             if disk.writable
-            else open_reply_ring(self._fd, failed=self._ring_failed, not_sent=answers.not_sent)
+            else open_reply_ring(
+                self._fd,
+                failed=self._ring_failed,
+                not_sent=answers.not_sent,
+                took=self._ring_took,
+            )
         )
         self._cached_replies = 0  # in turn, as far as was looked
         self._large_writes = LargeWrites(
@@ -204,7 +214,7 @@ class Channel:
         """
         self._watching.cancel()
         with trio.CancelScope(shield=True):
-            while self._ring and self._ring.is_busy:
+            while self._ring and self._ring.under_way:
                 self._ring.reap()
                 await trio.sleep(_SETTLE_SECONDS)
 
@@ -212,6 +222,8 @@ class Channel:
         """Answer requests until the kernel ends the connection."""
         while (outcome := self._drain()) != _GONE:
             if outcome == _IDLE:
+                if self._ring:
+                    self._ring.ahead.forget()
                 await trio.lowlevel.wait_readable(self._fd)
             elif outcome == _FULL:
                 await self._waiting.one_less()
@@ -253,6 +265,8 @@ class Channel:
         large = self._large
         in_pipes = large.is_sending  # replies that are not sent yet
         sender = self._ring
+        ahead = sender.ahead if sender else None
+        under_way = sender.under_way if sender else ()
         large_writes = self._large_writes
         handed = False  # whether a WRITE was handed over
         request = self._request
@@ -275,7 +289,7 @@ class Channel:
                         reply_each(held)
                         reply = ring[0]
                         continue
-                    if sender and sender.is_busy and sender.reap():
+                    if under_way and sender and sender.reap():
                         self._cached_replies = 0
                     if in_pipes:
                         found = large.finish()
@@ -284,6 +298,9 @@ class Channel:
                             continue
                     if waiting.number or forwarded:
                         return _IDLE
+                    if ahead and ahead.is_wanted:
+                        ahead.fill(self._file_ranges)
+                        continue
                     spins += 1
                     if spins > self._spin:
                         if not self._sleep():
@@ -335,6 +352,7 @@ class Channel:
                     if sent:
                         message = None
                         in_pipes = True
+                        timed = timed and not (sender and sender.is_sending(unique))
                     else:
                         pack(filled, 0, OUT_HEADER_SIZE + size, 0, unique)
                         message = filled
@@ -409,7 +427,8 @@ class Channel:
             unique: The request's number.
             offset: Where it begins.
             size: Bytes.
-            timed: Whether it has to be answered when this returns, or when it is finished.
+            timed: Whether it has to be answered when this returns, or when it is finished, unless
+                the kernel sends it.
 
         Returns:
             True: answered, or in a pipe. False: it must wait, for what it needs is to be inflated.
@@ -423,19 +442,36 @@ class Channel:
                 self._answers.reply(header, lent)
             return bool(lent)
         ring = self._ring
-        if ring and not timed:
-            if ring.is_busy and ring.reap():
+        if ring:
+            if ring.under_way and ring.reap():
                 self._cached_replies = 0
-            if self._cached_replies >= _CACHED_IN_TURN and not ring.is_busy:
-                ranges = access.file_ranges(offset, size)
-                if ranges and ring.send(header, ranges, (unique, offset, size)):
+            if self._cached_replies >= _CACHED_IN_TURN:
+                move = partial(self._large.send_gathered, header, size)
+                if ring.ahead.take(offset, size, move):
+                    ring.ahead.note(offset, size)
                     return True
+                if ring.may_send():
+                    ranges = access.file_ranges(offset, size)
+                    request = unique, offset, size
+                    if ranges and ring.send(header, ranges, request, timed=timed):
+                        return True
         ranges = access.cached_ranges(offset, size)
         if ranges is None:
             self._cached_replies = 0
             return None
         self._cached_replies += 1
+        if ring and ring.is_busy:
+            ring.ahead.note(offset, size)
         return self._large.prepare(header, ranges) or None
+
+    def _file_ranges(self, offset: int, size: int) -> list[FileRange] | None:
+        """Where the bytes of a READ are in files, that may yet come."""
+        if offset + size > self._disk.size:
+            return None
+        return self._disk.access.file_ranges(offset, size)
+
+    def _ring_took(self, seconds: float) -> None:
+        self.statistics.latencies.add(round(seconds * 1e9), SAMPLE_EVERY)
 
     def _ring_failed(self, request: tuple[int, int, int]) -> None:
         """Answer a large READ whose reply the kernel could not gather."""

@@ -74,6 +74,22 @@ class LargeReplies:
                 self._alone = _ALONE - 1
         return True
 
+    def send_gathered(self, header: bytes, size: int, output: int) -> bool:
+        """Send a reply at once.
+
+        Args:
+            header: Of the reply, whose length counts the data.
+            size: Bytes of data.
+            output: Where they come out of a pipe.
+
+        Returns:
+            False: it was not, and will not be, sent.
+        """
+        if not self._pipe.fill_from(header, output, size):
+            return False
+        self._pipe.send()
+        return True
+
     def hand_over(self) -> None:
         """Let the second thread send what was prepared, if it has sent the last."""
         if not self._prepared:

@@ -68,6 +68,28 @@ class ReplyPipe:
         self._length = total
         return True
 
+    def fill_from(self, header: bytes, output: int, size: int) -> bool:
+        """Put a reply into the pipe whose data are in another one.
+
+        Args:
+            header: Of the reply, whose length counts the data.
+            output: Where the data come out of the other pipe.
+            size: Their length in bytes.
+
+        Returns:
+            Whether it can be sent; if not, nothing is in the pipe.
+        """
+        if not self.open():
+            return False
+        try:
+            self._length = os.write(self._input, header) + os.splice(output, self._input, size)
+        except OSError:
+            self._length = 0
+        if self._length != len(header) + size:
+            self.close()
+            return False
+        return True
+
     def send(self) -> None:
         """Send the reply that is in the pipe."""
         try:

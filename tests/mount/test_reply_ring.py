@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from imagofs.fuse import reply_ring
+from imagofs.fuse import reply_ring, splice_ring
 from imagofs.fuse.reply_ring import ReplyRing, open_reply_ring
 from tests import qemu
 from tests.mount.conftest import random_bytes
@@ -37,11 +37,14 @@ class Other:
         self.there.settimeout(10)
         self.failed: list[tuple[int, int, int]] = []
         self.errors: list[int | None] = []
+        self.took: list[float] = []
         self.ring = ReplyRing(
             self.here.fileno(),
             failed=self.failed.append,
             not_sent=lambda error: self.errors.append(error.errno),
+            took=self.took.append,
         )
+        self.splices = self.ring._splices
 
     def settle(self) -> None:
         def is_done() -> bool:
@@ -49,6 +52,11 @@ class Other:
             return not self.ring.is_busy
 
         wait_until(is_done)
+
+    def completions(self) -> int:
+        """What the kernel has said and nobody has looked at."""
+        words = self.splices._words
+        return words[self.splices._tail_done] - words[self.splices._head_done]
 
     def receives(self, expected: bytes) -> bool:
         # With a time limit MSG_WAITALL does not wait for all.
@@ -91,14 +99,23 @@ def test_replies(other: Other, file: int) -> None:
     for turn in range(200):  # more than the ring has entries
         places = shapes[turn % 4]
         ranges = [(file, offset, length) for offset, length in places]
-        assert other.ring.send(b"header", ranges, (turn, 0, 1))
+        request = (turn, 0, sum(length for _, length in places))
+        assert other.ring.may_send()
+        assert other.ring.send(b"header", ranges, request, timed=turn == 3)
         assert other.ring.is_busy
+        assert other.ring.is_sending(turn)
+        assert not other.ring.is_sending(turn + 1)
+        assert not other.ring.may_send()
         assert other.receives(b"header" + b"".join(DATA[o:][:n] for o, n in places))
         other.settle()
     assert not other.failed
     assert not other.errors
     assert not other.ring.reap()
-    assert not other.ring.send(b"header", [(file, 0, 1)] * 65, (0, 0, 1)), "too many"
+    assert len(other.took) == 1
+    assert 0 < other.took[0] < 10
+    assert not other.ring.send(b"header", [(file, 0, 1)] * 65, (0, 0, 65)), "too many"
+    assert not other.ring.is_busy
+    assert other.receives_nothing()
 
 
 def test_what_cannot_be_gathered_is_answered_in_another_way(other: Other, file: int) -> None:
@@ -111,20 +128,21 @@ def test_what_cannot_be_gathered_is_answered_in_another_way(other: Other, file: 
         (other.here.fileno(), 0, 1),  # not a file
     ]
     for number, bad in enumerate(bad_ranges):
-        request = (number, 2, 3)
+        request = (number, 2, 10_000 + bad[2])
         ranges = [(file, 0, 5000), bad, (file, 0, 5000)]
         assert other.ring.send(b"header", ranges, request)
         other.settle()
         assert other.failed.pop() == request
         assert other.receives_nothing()
         # And the next one is whole.
-        assert other.ring.send(b"again", [(file, 0, 5000)], request)
+        assert other.ring.send(b"again", [(file, 0, 5000)], (0, 0, 5000))
         other.settle()
         assert other.receives(b"again" + DATA[:5000])
     # More than the pipe has room for.
-    assert other.ring.send(b"header", [(file, 0, 200 * KIB)] * 10, (7, 8, 9))
+    request = (7, 8, 2000 * KIB)
+    assert other.ring.send(b"header", [(file, 0, 200 * KIB)] * 10, request)
     other.settle()
-    assert other.failed == [(7, 8, 9)]
+    assert other.failed == [request]
     assert other.receives_nothing()
     assert not other.errors
 
@@ -132,7 +150,7 @@ def test_what_cannot_be_gathered_is_answered_in_another_way(other: Other, file: 
 def test_a_reply_that_is_refused(other: Other, file: int) -> None:
     other.there.close()
     for count in range(1, 4):
-        assert other.ring.send(b"header", [(file, 0, 5000)], (1, 2, 3))
+        assert other.ring.send(b"header", [(file, 0, 5000)], (1, 2, 5000))
         other.settle()
         assert other.errors == [errno.EPIPE] * count
         assert len(other.failed) == count, "somebody may be waiting"
@@ -144,59 +162,54 @@ def test_a_reply_that_nobody_waits_for(
     monkeypatch.setattr(reply_ring, "_GONE", {errno.EPIPE})
     other.there.close()
     for _ in range(20):
-        assert other.ring.send(b"header", [(file, 0, 5000)], (1, 2, 3))
+        assert other.ring.send(b"header", [(file, 0, 5000)], (1, 2, 5000))
         other.settle()
     assert not other.failed
 
 
 def test_it_gives_up_where_nothing_can_be_gathered(other: Other, file: int) -> None:
     for bad in (15, 15, 16):
-        assert other.ring.send(b"h", [(file, 0, 1)], (1, 2, 3))
+        assert other.ring.send(b"h", [(file, 0, 1)], (1, 2, 1))
         assert other.receives(b"h" + DATA[:1])
         other.settle()
         for _ in range(bad):
-            assert other.ring.send(b"header", [(file, MIB, 1)], (1, 2, 3))
+            assert other.ring.send(b"header", [(file, MIB, 1)], (1, 2, 1))
             other.settle()
     assert len(other.failed) == 15 + 15 + 16
-    assert not other.ring.send(b"h", [(file, 0, 1)], (1, 2, 3))
+    assert not other.ring.send(b"h", [(file, 0, 1)], (1, 2, 1))
 
 
 def test_slow_replies_are_told(other: Other, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, slow in ((-1.0, True), (1000.0, False)):
         monkeypatch.setattr(reply_ring, "_SLOW", limit)
-        assert other.ring.send(b"h", [(file, 0, 1)], (1, 2, 3))
+        assert other.ring.send(b"h", [(file, 0, 1)], (1, 2, 1))
         assert other.receives(b"h" + DATA[:1])
-        wait_until(
-            lambda: (
-                other.ring._words[other.ring._tail_done] != other.ring._words[other.ring._head_done]
-            )
-        )
+        wait_until(lambda: other.completions() == 1)
         assert other.ring.reap() is slow
 
 
 @pytest.mark.parametrize(("opcode", "flags"), [(0, 0), (22, 0), (28, 0), (30, 1), (30, 16)])
 def test_the_ring_does_nothing_but_splice(other: Other, file: int, opcode: int, flags: int) -> None:
-    ring = other.ring
-    assert ring.send(b"h", [(file, 0, 1)], (1, 2, 3))
+    ring = other.splices
+    assert other.ring.send(b"h", [(file, 0, 1)], (1, 2, 1))
     other.settle()
-    reply_ring._SQE.pack_into(ring._sqes, 0, opcode, flags, 0, file, 0, 0, 1, 0, 5, 0, 0, 0)
     tail = ring._words[ring._tail]
-    ring._words[ring._array + (tail & ring._mask)] = 0
+    place = (tail & ring._mask) * splice_ring._SQE_SIZE
+    splice_ring._SQE.pack_into(ring._sqes, place, opcode, flags, 0, file, 0, 0, 1, 0, 5, 0, 0, 0)
     ring._words[ring._tail] = tail + 1
-    ring._call(reply_ring._IO_URING_ENTER, ring.fd, 1, 0, 0, None, 0)
-    head = ring._words[ring._head_done]
-    assert ring._words[ring._tail_done] == head + 1
-    place = ring._done + 4 * (head & ring._mask_done)
+    ring._call(splice_ring._IO_URING_ENTER, ring.fd, 1, 0, 0, None, 0)
+    assert other.completions() == 1
+    place = ring._done + 4 * (ring._words[ring._head_done] & ring._mask_done)
     assert (1 << 32) - ring._words[place + 2] == errno.EACCES
 
 
 def test_a_system_that_takes_nothing(
     other: Other, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(other.ring, "_call", lambda *_: -1)
-    assert not other.ring.send(b"header", [(file, 0, 1)], (1, 2, 3))
+    monkeypatch.setattr(other.splices, "_call", lambda *_: -1)
+    assert not other.ring.send(b"header", [(file, 0, 1)], (1, 2, 1))
     monkeypatch.undo()
-    assert not other.ring.send(b"header", [(file, 0, 1)], (1, 2, 3)), "not used again"
+    assert not other.ring.send(b"header", [(file, 0, 1)], (1, 2, 1)), "not used again"
     assert not other.ring.is_busy
     assert other.receives_nothing()
 
@@ -204,17 +217,18 @@ def test_a_system_that_takes_nothing(
 def test_a_system_that_takes_a_part(
     other: Other, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = other.ring._call
+    call = other.splices._call
 
     def enter(number: int, fd: int, count: int, *rest: object) -> object:
         return call(number, fd, count - 1, *rest)
 
-    monkeypatch.setattr(other.ring, "_call", enter)
+    monkeypatch.setattr(other.splices, "_call", enter)
     bad = (file, MIB, 1)
-    assert not other.ring.send(b"header", [(file, 0, 1), bad], (1, 2, 3))
-    wait_until(lambda: other.ring._words[other.ring._tail_done])
+    assert not other.ring.send(b"header", [(file, 0, 1), bad], (1, 2, 2))
+    wait_until(lambda: other.completions() == 1)
     assert not other.ring.reap()
-    assert other.ring._words[other.ring._head_done] == 1, "or who waits for it would never rest"
+    assert not other.completions(), "or who waits for it would never rest"
+    assert not other.ring.under_way
     assert not other.failed
     assert other.receives_nothing()
 
@@ -224,7 +238,7 @@ def test_no_pipe(other: Other, file: int, monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError(errno.EMFILE, "too many open files")
 
     def sends() -> bool:
-        return other.ring.send(b"header", [(file, 0, 1)], (1, 2, 3))
+        return other.ring.send(b"header", [(file, 0, 1)], (1, 2, 1))
 
     for refuse, passes in ((too_many, True), (lambda: None, False)):
         monkeypatch.setattr(reply_ring, "open_pipe", refuse)
@@ -237,7 +251,7 @@ def test_no_pipe(other: Other, file: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened() -> ReplyRing | None:
-        return open_reply_ring(0, failed=print, not_sent=fail)
+        return open_reply_ring(0, failed=print, not_sent=fail, took=print)
 
     before = os.listdir("/proc/self/fd")
     ring = opened()
@@ -248,10 +262,10 @@ def test_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(os, "sched_getaffinity", lambda _: {0})
         assert opened() is None, "no processor for it"
     with monkeypatch.context() as patched:
-        patched.setattr(reply_ring, "_IO_URING_REGISTER", 1 << 20)
+        patched.setattr(splice_ring, "_IO_URING_REGISTER", 1 << 20)
         assert opened() is None, "it would be good for more than splices"
     with monkeypatch.context() as patched:
-        patched.setattr(reply_ring, "_IO_URING_SETUP", 1 << 20)
+        patched.setattr(splice_ring, "_IO_URING_SETUP", 1 << 20)
         assert opened() is None
     assert os.listdir("/proc/self/fd") == before
 

@@ -1,0 +1,182 @@
+"""The data of large READs, put into pipes before they are asked for.
+
+Who reads in order in requests of 1 MiB sends two READs at a time. The kernel gathers and sends one
+(`reply_ring.py`); the other is ours, and would need a look whether the page cache has it, and a
+splice for each of its ranges. Between two requests there is time to have the kernel's thread gather
+the next one of ours: then it takes a header, and two splices, from however many places it comes.
+
+Two are gathered, since that thread may come to the first of them only after the next request.
+
+What is in a pipe are pages of files. Nobody writes to the image, and `forget` lets go of them when
+nothing comes for a while.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from .protocol import MAX_WRITE
+from .reply_pipe import open_pipe
+
+if TYPE_CHECKING:
+    from ..reading import FileRange
+    from .splice_ring import Done, SpliceRing
+
+__all__ = ["RepliesAhead"]
+
+_PLACES = 2
+#: READs at the same distance, one after the other, before another is expected there.
+_IN_TURN = 4
+#: A chain of the kernel's costs the same for smaller ones, and saves less: not worth it.
+_READ_BYTES: Final = MAX_WRITE
+_NOTHING = -1
+
+
+class _Place:
+    """Room for the data of one READ.
+
+    Attributes:
+        number: Of the chain that fills it.
+        offset: Of the READ; `_NOTHING` if none is expected.
+        is_filling: Whether the chain is under way.
+        last_length: Bytes of its last splice.
+        begun: When (`monotonic`).
+        ends: Of its pipe: output and input; None if there is none.
+    """
+
+    __slots__ = ("begun", "ends", "is_filling", "last_length", "number", "offset")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.offset = _NOTHING
+        self.is_filling = False
+        self.last_length = 0
+        self.begun = 0.0
+        self.ends: tuple[int, int] | None = None
+
+    def open(self) -> tuple[int, int] | None:
+        """The pipe's output and input; None: there is none to be had."""
+        if self.ends is None:
+            try:
+                self.ends = open_pipe()
+            except OSError:
+                return None
+        return self.ends
+
+    def empty(self) -> None:
+        """Let go of what is in it, or will be."""
+        self.offset = _NOTHING
+        if self.ends is not None and not self.is_filling:
+            os.close(self.ends[0])
+            os.close(self.ends[1])
+            self.ends = None
+
+
+class RepliesAhead:
+    """Expects READs, and has their data gathered. All methods are plain functions.
+
+    Args:
+        ring: What gathers them.
+        number: Its chains from this number on are ours.
+    """
+
+    def __init__(self, ring: SpliceRing, number: int) -> None:
+        self._ring = ring
+        self._first_number = number
+        self._places = [_Place(number + index) for index in range(_PLACES)]
+        self._offset = self._distance = self._in_turn = 0
+        #: Whether `fill` has something to do.
+        self.is_wanted = False
+        #: When a chain was begun (`monotonic`).
+        self.last_begun = 0.0
+
+    def note(self, offset: int, size: int) -> None:
+        """Take notice of a READ that is answered by us while the kernel sends another."""
+        distance = offset - self._offset
+        self._offset = offset
+        if distance == self._distance and size == _READ_BYTES <= distance:
+            self._in_turn += 1
+            self.is_wanted = self._in_turn >= _IN_TURN
+        else:
+            self._distance = distance
+            self._in_turn = 0
+            self.forget()
+
+    def fill(self, ranges_of: Callable[[int, int], Sequence[FileRange] | None]) -> None:
+        """Have the data of the READs gathered that are expected next.
+
+        Args:
+            ranges_of: Says where they are, given offset and length in bytes; None: not to be had.
+        """
+        self.is_wanted = False
+        distance = self._distance
+        expected = [self._offset + distance * step for step in range(1, _PLACES + 1)]
+        for place in self._places:
+            if place.offset in expected:
+                expected.remove(place.offset)
+            elif place.offset != _NOTHING:
+                place.empty()
+        for place in self._places:
+            if place.offset == _NOTHING and not place.is_filling and expected:
+                self._fill(place, expected.pop(0), ranges_of)
+
+    def _fill(
+        self,
+        place: _Place,
+        offset: int,
+        ranges_of: Callable[[int, int], Sequence[FileRange] | None],
+    ) -> None:
+        ranges = ranges_of(offset, _READ_BYTES)
+        if not ranges or (ends := place.open()) is None:
+            return
+        if self._ring.begin(place.number, ranges, ends[1]):
+            place.offset = offset
+            place.is_filling = True
+            place.last_length = ranges[-1][2]
+            place.begun = self.last_begun = monotonic()
+
+    def filled(self, done: Done) -> float:
+        """Take notice that a chain is done.
+
+        Returns:
+            When it was begun (`monotonic`).
+        """
+        place = self._places[done.number - self._first_number]
+        place.is_filling = False
+        if place.offset == _NOTHING or done.result != place.last_length or not done.is_last:
+            place.empty()
+        return place.begun
+
+    def take(self, offset: int, size: int, move: Callable[[int], bool]) -> bool:
+        """Give away the data of a READ.
+
+        Args:
+            offset: Where it begins.
+            size: Bytes.
+            move: Called with the pipe's output, from which it takes all of them.
+
+        Returns:
+            What `move` does, which is false if it could not; false as well if they are not there.
+        """
+        for place in self._places:
+            if place.offset == offset and size == _READ_BYTES and not place.is_filling:
+                place.offset = _NOTHING
+                if place.ends is not None and move(place.ends[0]):
+                    return True
+                place.empty()
+        return False
+
+    def forget(self) -> None:
+        """Let go of all that was gathered, and of the pipes."""
+        self.is_wanted = False
+        for place in self._places:
+            if place.ends is not None:
+                place.empty()
+
+    def close(self) -> None:
+        """Close the pipes. Nothing is under way."""
+        for place in self._places:
+            place.empty()
