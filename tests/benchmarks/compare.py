@@ -97,6 +97,7 @@ ROWS = [
     ),
     Row("zlib: sequential read 4k", "zlib", "--rw=read --bs=4k --ioengine=psync --direct=1"),
     Row("zlib: sequential read 1M", "zlib", "--rw=read --bs=1M --ioengine=psync --direct=1", "bw"),
+    Row("zstd: sequential read 4k", "zstd", "--rw=read --bs=4k --ioengine=psync --direct=1"),
     Row("zstd: sequential read 1M", "zstd", "--rw=read --bs=1M --ioengine=psync --direct=1", "bw"),
     Row(
         "allocated: random write 4k, depth 1",
