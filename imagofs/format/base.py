@@ -12,7 +12,7 @@ granule's bytes are:
     bits 0 to 7     index into `data_storages`
 
 and the negative ones are the names below. Any offset that is a multiple of 512 may be asked; the
-answer holds from there to the end of the granule it lies in.
+answer holds from there to the end of the granule it lies in. `entries_at` answers for many.
 """
 
 from __future__ import annotations
@@ -130,6 +130,24 @@ class FormatDriver(ABC):
     def entry_at(self, guest_offset: int) -> int:
         """Where the granule that begins at `guest_offset` is; see the module's text."""
         return MIXED
+
+    def entries_at(self, guest_offset: int, granule: int, count: int) -> list[tuple[int, int]]:
+        """What `entry_at` answers for many granules, without those that are INDIRECT.
+
+        A driver that can say of many at a time that it has none of them overrides this.
+
+        Args:
+            guest_offset: Where the first granule begins, a multiple of `granule`.
+            granule: Bytes from one to the next, a power of two: `granularity` or less, as another
+                layer of the chain may have smaller ones.
+            count: Granules, above zero. All of them begin inside the image.
+
+        Returns:
+            Guest offset and answer of each that is not INDIRECT.
+        """
+        offsets = range(guest_offset, guest_offset + count * granule, granule)
+        answers = [(offset, self.entry_at(offset)) for offset in offsets]
+        return [answer for answer in answers if answer[1] != INDIRECT]
 
     @abstractmethod
     async def get_mapping(self, guest_offset: int, max_length: int) -> ShallowMapping:

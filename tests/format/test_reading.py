@@ -175,6 +175,26 @@ async def test_entries_agree_with_mappings(name, writable):
                     assert isinstance(mapping, SpecialMapping)
 
 
+@either_way
+@pytest.mark.parametrize("wrap", [lambda storage: storage, SlowStorage], ids=["", "slow"])
+async def test_many_entries_are_those_that_are_asked_one_by_one(name, writable, wrap):
+    opened = await disk(name).open(writable=writable, wrap=wrap)
+    numbers = random.Random(MASTER)
+    async with opened.access as access:
+        driver = access.driver
+        for turn in range(100):
+            granule = min(driver.granularity or 512, 512 << numbers.randrange(9))
+            first = numbers.randrange(-(-SIZE // granule))
+            count = numbers.randint(1, -(-SIZE // granule) - first)
+            offsets = range(first * granule, (first + count) * granule, granule)
+            # Tables of a slow storage are brought in by and by; before that they are not cached.
+            if turn % 10 == 9:
+                await driver.get_mapping(offsets[0], 1)
+            want = [(offset, driver.entry_at(offset)) for offset in offsets]
+            found = driver.entries_at(offsets[0], granule, count)
+            assert found == [pair for pair in want if pair[1] != INDIRECT]
+
+
 async def test_map_merges_neighbours(kind):
     opened = await kind.open()
     async with opened.access as access:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Unpack
 
 import trio
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["Qcow2"]
 
 _NO_TABLES = array("Q", bytes(8 * 4096))
+_NO_ENTRIES = array("Q", bytes(4096))  # as many as a slice has
 #: Smaller clusters (log2 of their bytes) are not lent: a request would have too many for a writev.
 _LENDING_BITS = 12
 
@@ -234,8 +236,47 @@ class Qcow2(FormatDriver):
         table = l2.slice_nowait(number) or l2.load_slice_nowait(number)
         if table is None:
             return NOT_CACHED if l2.l1[guest_offset >> l2.l1_bits] & OFFSET_MASK else INDIRECT
+        return self._answer(table, guest_offset)
+
+    def entries_at(self, guest_offset: int, granule: int, count: int) -> list[tuple[int, int]]:
+        l2 = self._l2
+        bits, words = self._cluster_bits, l2.entry_words
+        found: list[tuple[int, int]] = []
+        end = guest_offset + count * granule
+        while guest_offset < end:
+            start, number = guest_offset, guest_offset >> l2.slice_bits
+            guest_offset = number + 1 << l2.slice_bits
+            if guest_offset > end:
+                guest_offset = end
+            if not l2.l1[start >> l2.l1_bits] & OFFSET_MASK:
+                continue
+            table = l2.slice_nowait(number) or l2.load_slice_nowait(number)
+            if table is None:
+                found += [(offset, NOT_CACHED) for offset in range(start, guest_offset, granule)]
+                continue
+            first = start >> bits & l2.slice_mask
+            last = guest_offset - 1 >> bits & l2.slice_mask
+            entries = table[first * words : (last + 1) * words]
+            # An entry of zeroes is INDIRECT in every kind of image, and most of an overlay's are:
+            # they are passed over all at once, or at least without a call for each.
+            if entries == _NO_ENTRIES[: len(entries)]:
+                continue
+            offsets: Iterable[int] = range(start, guest_offset, granule)
+            if granule == self._cluster_size:
+                offsets = compress(offsets, entries)
+            for offset in offsets:
+                answer = self._answer(table, offset)
+                if answer != INDIRECT:
+                    found.append((offset, answer))
+        return found
+
+    def _answer(self, table: Sequence[int], guest_offset: int) -> int:
+        """What `entry_at` answers from a slice."""
+        l2 = self._l2
         index = guest_offset >> self._cluster_bits & l2.slice_mask
         entry = table[index * l2.entry_words]
+        if not entry and not self._extended:
+            return INDIRECT  # nearly all of an overlay is
         kind = self._kind(entry, table, index, guest_offset)
         if kind == DATA:
             host_offset = entry & OFFSET_MASK
