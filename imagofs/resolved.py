@@ -1,9 +1,10 @@
 """The resolved map of a chain: where each granule's bytes are, whatever layer has them.
 
-A lookup walks the chain once per granule and keeps the answer, so that a read through 32
-overlays costs what a read of one image costs. Layers below the top never change while they are
-open; the top one says what it changed (`FormatDriver.subscribe`), in the same plain function that
-changes its tables.
+A lookup walks the chain once and keeps the answers, so that a read through 32 overlays costs what a
+read of one image costs. What a range has of granules that were not looked up yet is looked up in
+one walk: most layers say of all of them at a time that they have none. Layers below the top never
+change while they are open; the top one says what it changed (`FormatDriver.subscribe`), in the same
+plain function that changes its tables.
 
 The map is kept in chunks of 512 granules, each an array of 64-bit entries:
 
@@ -90,16 +91,24 @@ class ResolvedMap:
         self.layers[0].subscribe(self.forget)
 
     def _index_storages(self) -> None:
-        """Number the storages; a layer whose storages find no room is asked in the slow way."""
+        """Number the storages, up to a layer that has to be asked in the slow way.
+
+        Such a layer has no granules, or there is no room for its storages' numbers.
+        """
         storages: dict[Storage, int] = {}
-        self._numbers: list[tuple[int, ...] | None] = []
+        #: The layers that are walked, and for each the numbers of its storages.
+        self._walked: list[FormatDriver] = []
+        self._numbers: list[tuple[int, ...]] = []
+        #: The entry of what none of them has.
+        self._rest = ZERO
         for layer in self.layers:
             new = [s for s in layer.data_storages if s not in storages]
             if not layer.granularity or len(storages) + len(new) > _FIRST_CODE:
-                self._numbers.append(None)
-                continue
+                self._rest = MIXED
+                break
             for storage in new:
                 storages[storage] = len(storages)
+            self._walked.append(layer)
             self._numbers.append(tuple(storages[s] for s in layer.data_storages))
         self.storages = tuple(storages)
 
@@ -131,40 +140,83 @@ class ResolvedMap:
         Raises:
             NotCached: Load the table and ask again.
         """
-        chunk = self._chunk(first // CHUNK_GRANULES)
+        chunk = self._chunk(first >> _CHUNK_GRANULE_BITS)
         start = first & CHUNK_GRANULES - 1
-        entries = chunk[start : start + last - first + 1]
+        stop = start + last - first + 1
+        entries = chunk[start:stop]
         if UNRESOLVED in entries:
-            for index, entry in enumerate(entries):
-                if entry == UNRESOLVED:
-                    entry = self._resolve(first + index << self.granule_bits)
-                    entries[index] = chunk[start + index] = entry
+            bits = self.granule_bits
+            if first == last:
+                chunk[start] = self._resolve(first << bits)
+            else:
+                numbers = enumerate(entries, first)
+                self._resolve_many(chunk, [n << bits for n, e in numbers if e == UNRESOLVED])
+            entries = chunk[start:stop]
         return entries
 
     def _resolve(self, guest_offset: int) -> int:
         """Walk the chain for the granule that begins at `guest_offset`."""
         granule = self.granule
-        for number, layer in enumerate(self.layers):
-            numbers = self._numbers[number]
-            if numbers is None:
-                return MIXED
-            if number and guest_offset + granule > layer.size():
-                # The end of a shorter lower layer reads as zeroes.
-                return ZERO if guest_offset >= layer.size() else MIXED
+        for depth, layer in enumerate(self._walked):
+            if depth and guest_offset + granule > layer.size():
+                return _beyond(layer, guest_offset)
             answer = layer.entry_at(guest_offset)
-            if answer >= 0:
-                in_place = answer & IN_PLACE if number == 0 else 0
-                return answer & HOST_OFFSET_MASK | in_place | numbers[answer & STORAGE_MASK]
-            if answer == base.INDIRECT:
-                continue
-            if answer == base.ZERO:
-                return ZERO
-            if answer == base.SPECIAL:
-                return number << 9 | SPECIAL
-            if answer == base.NOT_CACHED:
-                raise NotCached(layer, guest_offset)
-            return MIXED
-        return ZERO
+            if answer != base.INDIRECT:
+                return self._entry_of(answer, depth, guest_offset)
+        return self._rest
+
+    def _resolve_many(self, chunk: array[int], pending: list[int]) -> None:
+        """Walk the chain once for many granules, where `_resolve` would once for each.
+
+        Args:
+            chunk: Their entries, each of which is set as soon as it is known.
+            pending: Where the granules begin, in guest offsets, ascending: all that are
+                UNRESOLVED between the first and the last of them.
+
+        Raises:
+            NotCached: Load the table and ask again for those that still are UNRESOLVED.
+        """
+        granule, bits, mask = self.granule, self.granule_bits, CHUNK_GRANULES - 1
+        left = len(pending)
+        for depth, layer in enumerate(self._walked):
+            if depth and pending[-1] + granule > layer.size():
+                last = layer.size() - granule
+                for offset in pending:
+                    if offset > last and chunk[offset >> bits & mask] == UNRESOLVED:
+                        chunk[offset >> bits & mask] = _beyond(layer, offset)
+                        left -= 1
+                if not left:
+                    return
+                pending = [offset for offset in pending if offset <= last]
+            count = (pending[-1] - pending[0] >> bits) + 1
+            for offset, answer in layer.entries_at(pending[0], granule, count):
+                index = offset >> bits & mask
+                if chunk[index] == UNRESOLVED:  # else a layer above has it
+                    chunk[index] = self._entry_of(answer, depth, offset)
+                    left -= 1
+            if not left:
+                return
+        for offset in pending:
+            if chunk[offset >> bits & mask] == UNRESOLVED:
+                chunk[offset >> bits & mask] = self._rest
+
+    def _entry_of(self, answer: int, depth: int, guest_offset: int) -> int:
+        """The entry for what the layer `depth` answered for a granule, unless that is INDIRECT.
+
+        Raises:
+            NotCached: It answered NOT_CACHED.
+        """
+        if answer >= 0:
+            in_place = answer & IN_PLACE if depth == 0 else 0
+            number = self._numbers[depth][answer & STORAGE_MASK]
+            return answer & HOST_OFFSET_MASK | in_place | number
+        if answer == base.ZERO:
+            return ZERO
+        if answer == base.SPECIAL:
+            return depth << 9 | SPECIAL
+        if answer == base.NOT_CACHED:
+            raise NotCached(self.layers[depth], guest_offset)
+        return MIXED
 
     def runs(self, guest_offset: int, length: int, *, in_place: bool = False) -> list[Run]:
         """The places of a range, neighbours merged. A plain function.
@@ -261,6 +313,12 @@ class ResolvedMap:
                 count = until - first + 1
                 chunk[start : start + count] = _BLANK[:count]
             first = until + 1
+
+
+def _beyond(layer: FormatDriver, guest_offset: int) -> int:
+    """The entry of a granule that ends behind the end of `layer`, one below the top."""
+    # The end of a shorter lower layer reads as zeroes.
+    return ZERO if guest_offset >= layer.size() else MIXED
 
 
 def _run(entry: int, start: int, end: int, granule: int) -> Run:

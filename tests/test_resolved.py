@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -11,20 +11,53 @@ from hypothesis import strategies as st
 
 from imagofs.caching import MetadataCache
 from imagofs.format import base
-from imagofs.resolved import CHUNK_GRANULES, SPECIAL, ZERO, NotCached, ResolvedMap, Run
+from imagofs.format.base import INDIRECT, FormatDriver
+from imagofs.resolved import CHUNK_GRANULES, MIXED, SPECIAL, ZERO, NotCached, ResolvedMap, Run
 
 GRANULE = 4096
 
 
+class Layer:
+    """What the map asks of a driver.
+
+    Args:
+        answers: By granule; INDIRECT where nothing is said.
+        size: Bytes of its disk; None: very many.
+        granularity: As the driver's.
+        missing: Granules whose table is not in memory.
+        storages: Three with data.
+    """
+
+    def __init__(
+        self,
+        answers: dict[int, int],
+        *,
+        size: int = 1 << 40,
+        granularity: int = GRANULE,
+        missing: Iterable[int] = (),
+        storages: str = "abc",
+    ) -> None:
+        self.data_storages = tuple(storages)
+        self.answers, self.granularity, self.missing = answers, granularity, set(missing)
+        self.size = lambda: size
+        self.subscribe = lambda listener: None
+
+    def entry_at(self, guest_offset: int) -> int:
+        assert guest_offset < self.size()
+        number = guest_offset // GRANULE
+        return base.NOT_CACHED if number in self.missing else self.answers.get(number, INDIRECT)
+
+    entries_at: Any = FormatDriver.entries_at
+
+
+def map_of(*layers: Layer) -> ResolvedMap:
+    chain: Any = layers
+    return ResolvedMap(chain, MetadataCache())
+
+
 def resolved_map(answers: dict[int, int]) -> ResolvedMap:
     """The map of one layer with three storages, which has nothing where `answers` says nothing."""
-    layer: Any = SimpleNamespace(
-        granularity=GRANULE,
-        data_storages=("a", "b", "c"),
-        entry_at=lambda guest_offset: answers.get(guest_offset // GRANULE, base.INDIRECT),
-        subscribe=lambda _: None,
-    )
-    return ResolvedMap([layer], MetadataCache())
+    return map_of(Layer(answers))
 
 
 def place(host_granule: int, storage: int, in_place: bool) -> int:
@@ -33,7 +66,7 @@ def place(host_granule: int, storage: int, in_place: bool) -> int:
 
 #: Few places, so that neighbours often continue each other.
 PLACES = st.builds(place, st.integers(0, 6), st.integers(0, 2), st.booleans())
-ANSWERS = st.one_of(PLACES, st.sampled_from([base.ZERO, base.SPECIAL, base.INDIRECT]))
+ANSWERS = st.one_of(PLACES, st.sampled_from([base.ZERO, base.SPECIAL, INDIRECT]))
 
 
 @st.composite
@@ -54,7 +87,7 @@ def runs_of_model(answers: dict[int, int], guest_offset: int, length: int) -> li
     end = guest_offset + length
     while guest_offset < end:
         step = min(end, (guest_offset // GRANULE + 1) * GRANULE) - guest_offset
-        answer = answers.get(guest_offset // GRANULE, base.INDIRECT)
+        answer = answers.get(guest_offset // GRANULE, INDIRECT)
         if answer >= 0:
             code = answer & base.STORAGE_MASK
             position = (answer & base.HOST_OFFSET_MASK) + guest_offset % GRANULE
@@ -124,5 +157,87 @@ def test_what_changed_is_looked_up_anew() -> None:
     assert len(resolved.runs(0, 8 * GRANULE)) == 1
     answers[3] = base.ZERO
     assert len(resolved.runs(0, 8 * GRANULE)) == 1, "it is kept"
+    resolved.forget(5 * GRANULE, 1)
+    assert len(resolved.runs(0, 8 * GRANULE)) == 1, "what is beside it is looked up"
     resolved.forget(3 * GRANULE, 1)
     assert [run.code for run in resolved.runs(0, 8 * GRANULE)] == [0, ZERO, 0]
+
+
+# --- a range in one walk ------------------------------------------------------------------------
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> list[Layer]:
+    """Up to five layers that end around the boundary of two chunks, or far behind it."""
+    edge = CHUNK_GRANULES * GRANULE
+    sizes = st.integers(edge - 5 * GRANULE, edge + 5 * GRANULE) | st.just(1 << 40)
+    numbers = st.integers(CHUNK_GRANULES - 8, CHUNK_GRANULES + 8)
+    return [
+        Layer(
+            draw(layouts()) | draw(st.dictionaries(numbers, st.just(base.MIXED), max_size=2)),
+            size=draw(sizes) if depth else 1 << 40,
+            granularity=draw(st.sampled_from([GRANULE] * 6 + [4 * GRANULE, 0])),
+            missing=draw(st.sets(numbers, max_size=4)),
+            storages=draw(st.sampled_from(["abc", "cde", "efg"])),
+        )
+        for depth in range(draw(st.integers(1, 5)))
+    ]
+
+
+def entry_of_model(layers: list[Layer], storages: Sequence[object], number: int) -> int:
+    for depth, layer in enumerate(layers):
+        if not layer.granularity:
+            return MIXED
+        if depth and (number + 1) * GRANULE > layer.size():
+            return ZERO if number * GRANULE >= layer.size() else MIXED
+        answer = layer.answers.get(number, INDIRECT)
+        if answer >= 0:
+            storage = storages.index(layer.data_storages[answer & base.STORAGE_MASK])
+            in_place = base.IN_PLACE if depth == 0 else 0
+            return answer & (base.HOST_OFFSET_MASK | in_place) | storage
+        if answer != INDIRECT:
+            codes = {base.ZERO: ZERO, base.SPECIAL: depth << 9 | SPECIAL, base.MIXED: MIXED}
+            return codes[answer]
+    return ZERO
+
+
+@given(chains(), st.data())
+def test_a_range_is_what_its_granules_are(layers: list[Layer], data: st.DataObject) -> None:
+    layers.append(Layer({}, size=0))  # so that the granule is known
+    resolved = map_of(*layers)
+    numbers = st.integers(CHUNK_GRANULES - 10, CHUNK_GRANULES + 10)
+    steps = st.lists(st.tuples(st.sampled_from(["look", "forget"]), numbers, numbers), max_size=5)
+    for step, first, last in data.draw(steps):
+        first, last = sorted((first, last))
+        offset, length = first * GRANULE, (last - first + 1) * GRANULE
+        if step == "forget":
+            resolved.forget(offset, length)
+            continue
+        runs = None
+        while runs is None:
+            try:
+                runs = resolved.runs(offset, length)
+            except NotCached as missing:
+                driver: Any = missing.driver
+                number = missing.guest_offset // GRANULE
+                assert first <= number <= last
+                for layer in layers[: layers.index(driver)]:
+                    assert layer.entry_at(missing.guest_offset) == INDIRECT, "it is not needed"
+                driver.missing.remove(number)
+        single = map_of(*layers)
+        for number in range(first, last + 1):
+            want = entry_of_model(layers, resolved.storages, number)
+            assert resolved.entry(number * GRANULE) == single.entry(number * GRANULE) == want
+        assert runs == single.runs(offset, length)
+
+
+def test_what_was_found_before_a_table_is_missed_is_kept() -> None:
+    """Else a cache that holds few tables would make a range wait for ever."""
+    layers = [Layer({0: base.ZERO}), Layer({1: place(3, 0, False)}, missing=[2])]
+    resolved = map_of(*layers)
+    with pytest.raises(NotCached):
+        resolved.runs(0, 3 * GRANULE)
+    for layer in layers:
+        layer.answers = {}
+    assert resolved.entry(0) == ZERO
+    assert resolved.entry(GRANULE) == place(3, 0, False)
