@@ -56,7 +56,7 @@ class Other:
     def completions(self) -> int:
         """What the kernel has said and nobody has looked at."""
         words = self.splices._words
-        return words[self.splices._tail_done] - words[self.splices._head_done]
+        return int(words[self.splices._tail_done] - words[self.splices._head_done])
 
     def receives(self, expected: bytes) -> bool:
         # With a time limit MSG_WAITALL does not wait for all.
