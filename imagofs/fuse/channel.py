@@ -150,7 +150,7 @@ class Channel:
 
         self._requests = BufferPool(WRITE_DATA_OFFSET, REQUEST_SIZE, SPARE_BUFFERS)
         self._request = self._requests.take()
-        self._reply_ring = [
+        self._reply_buffers = [
             MessageBuffer(OUT_HEADER_SIZE, OUT_HEADER_SIZE + MAX_WRITE) for _ in range(_MOST_HELD)
         ]
         self._waiting = Waiting(disk, answers, self.statistics, self._requests, direct_io=direct_io)
@@ -163,7 +163,6 @@ class Channel:
                 self._fd,
                 failed=self._ring_failed,
                 not_sent=answers.not_sent,
-                took=self._ring_took,
             )
         )
         self._cached_replies = 0  # in turn, as far as was looked
@@ -172,6 +171,7 @@ class Channel:
             written=self._large_is_written,
             finished=self._large_is_finished,
         )
+        self._owes_sample = False  # a request that should have been timed was not
         self._spin = _SPIN
         self._vain_spins = 0
         # Its own: those threads wait for WRITEs, which may wait for threads of the default one.
@@ -257,8 +257,8 @@ class Channel:
         disk_size = self._disk.size
         writable = self._disk.writable
         forwarded = self._forwarder.under_way
-        ring = self._reply_ring
-        reply = ring[0]
+        buffers = self._reply_buffers
+        reply = buffers[0]
         held: list[Buffer] = []
         message: Buffer | None
         streak = send_at = 0
@@ -275,6 +275,7 @@ class Channel:
         reads = read_bytes = writes = write_bytes = 0
         add_latency = self.statistics.latencies.add
         spins = started = 0
+        owed = here = self._owes_sample
         budget = _BUDGET
         try:
             while budget > 0:
@@ -287,7 +288,7 @@ class Channel:
                         continue
                     if held:
                         reply_each(held)
-                        reply = ring[0]
+                        reply = buffers[0]
                         continue
                     if under_way and sender and sender.reap():
                         self._cached_replies = 0
@@ -299,7 +300,7 @@ class Channel:
                     if waiting.number or forwarded:
                         return _IDLE
                     if ahead and ahead.is_wanted:
-                        ahead.fill(self._file_ranges)
+                        ahead.fill(self._expected_ranges)
                         continue
                     spins += 1
                     if spins > self._spin:
@@ -320,7 +321,8 @@ class Channel:
                 streak += 1
                 budget -= 1
                 _, opcode, unique, _, offset, size = unpack(view)
-                if timed := not unique & _SAMPLE_MASK:
+                if timed := owed or not unique & _SAMPLE_MASK:
+                    here, owed = owed, False
                     started = perf_counter_ns()
                 if in_pipes:
                     if writable and opcode != READ:
@@ -334,7 +336,7 @@ class Channel:
                     data, filled = reply.slices.get(size) or reply.slice(size)
                     try:
                         sent = (
-                            send_large(unique, offset, size, timed)
+                            send_large(unique, offset, size, here=bool(timed and here))
                             if size >= LARGE_READ_BYTES
                             else None
                         )
@@ -352,7 +354,9 @@ class Channel:
                     if sent:
                         message = None
                         in_pipes = True
-                        timed = timed and not (sender and sender.is_sending(unique))
+                        if timed and sender and sender.is_sending(unique):
+                            # Nobody says when the kernel has sent it: the next one then.
+                            timed, owed = False, True
                     else:
                         pack(filled, 0, OUT_HEADER_SIZE + size, 0, unique)
                         message = filled
@@ -403,7 +407,7 @@ class Channel:
                         send_at = perf_counter_ns() + _HELD_NANOSECONDS
                     elif len(held) == _MOST_HELD or perf_counter_ns() > send_at:
                         reply_each(held)
-                    reply = ring[len(held)]
+                    reply = buffers[len(held)]
                 if timed:
                     add_latency(perf_counter_ns() - started, SAMPLE_EVERY)
                 budget -= size >> _BUDGET_SHIFT
@@ -413,6 +417,7 @@ class Channel:
             if in_pipes:
                 large.settle() if writable else large.hand_over()
             reply_each(held)
+            self._owes_sample = owed
             statistics = self.statistics
             statistics.reads += reads
             statistics.read_bytes += read_bytes
@@ -420,15 +425,14 @@ class Channel:
             statistics.write_bytes += write_bytes
         return _MORE
 
-    def _send_large(self, unique: int, offset: int, size: int, timed: bool) -> bool | None:
+    def _send_large(self, unique: int, offset: int, size: int, *, here: bool) -> bool | None:
         """Answer a large READ from where its bytes are in memory. A plain function.
 
         Args:
             unique: The request's number.
             offset: Where it begins.
             size: Bytes.
-            timed: Whether it has to be answered when this returns, or when it is finished, unless
-                the kernel sends it.
+            here: Not by the kernel itself.
 
         Returns:
             True: answered, or in a pipe. False: it must wait, for what it needs is to be inflated.
@@ -450,10 +454,10 @@ class Channel:
                 if ring.ahead.take(offset, size, move):
                     ring.ahead.note(offset, size)
                     return True
-                if ring.may_send():
+                if not here and ring.may_send():
                     ranges = access.file_ranges(offset, size)
                     request = unique, offset, size
-                    if ranges and ring.send(header, ranges, request, timed=timed):
+                    if ranges and ring.send(header, ranges, request):
                         return True
         ranges = access.cached_ranges(offset, size)
         if ranges is None:
@@ -464,14 +468,11 @@ class Channel:
             ring.ahead.note(offset, size)
         return self._large.prepare(header, ranges) or None
 
-    def _file_ranges(self, offset: int, size: int) -> list[FileRange] | None:
-        """Where the bytes of a READ are in files, that may yet come."""
+    def _expected_ranges(self, offset: int, size: int) -> list[FileRange] | None:
+        """Where the bytes of a READ are in files, which nobody has sent yet."""
         if offset + size > self._disk.size:
             return None
-        return self._disk.access.file_ranges(offset, size)
-
-    def _ring_took(self, seconds: float) -> None:
-        self.statistics.latencies.add(round(seconds * 1e9), SAMPLE_EVERY)
+        return self._disk.access.likely_ranges(offset, size)
 
     def _ring_failed(self, request: tuple[int, int, int]) -> None:
         """Answer a large READ whose reply the kernel could not gather."""

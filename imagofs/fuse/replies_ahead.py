@@ -7,14 +7,19 @@ the next one of ours: then it takes a header, and two splices, from however many
 
 Two are gathered, since that thread may come to the first of them only after the next request.
 
-What is in a pipe are pages of files. Nobody writes to the image, and `forget` lets go of them when
-nothing comes for a while.
+What is in a pipe are pages of files, for a moment: nobody writes to the image, `forget` lets go of
+them when nothing comes for a while, and none is sent that has been there for longer than `_FRESH`.
+
+Nobody has asked for them yet, so nobody may have to wait for them: a chain that waits for a file
+keeps the others waiting, too. So what is likely to be in the page cache is gathered only, and no
+reply is given to the kernel behind a chain that is late.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -30,9 +35,15 @@ __all__ = ["RepliesAhead"]
 _PLACES = 2
 #: READs at the same distance, one after the other, before another is expected there.
 _IN_TURN = 4
+#: What is gathered is of use for so long (seconds).
+_FRESH = 0.05
+#: A chain that takes longer (seconds) waits for a file, or for another that does.
+_LATE = 0.0005
 #: A chain of the kernel's costs the same for smaller ones, and saves less: not worth it.
 _READ_BYTES: Final = MAX_WRITE
 _NOTHING = -1
+#: No pipe was to be had this often.
+_PATIENCE = 16
 
 
 class _Place:
@@ -57,19 +68,15 @@ class _Place:
         self.begun = 0.0
         self.ends: tuple[int, int] | None = None
 
-    def open(self) -> tuple[int, int] | None:
-        """The pipe's output and input; None: there is none to be had."""
-        if self.ends is None:
-            try:
-                self.ends = open_pipe()
-            except OSError:
-                return None
-        return self.ends
-
     def empty(self) -> None:
         """Let go of what is in it, or will be."""
         self.offset = _NOTHING
-        if self.ends is not None and not self.is_filling:
+        if not self.is_filling:
+            self.close()
+
+    def close(self) -> None:
+        """Close the pipe."""
+        if self.ends is not None:
             os.close(self.ends[0])
             os.close(self.ends[1])
             self.ends = None
@@ -90,11 +97,10 @@ class RepliesAhead:
         self._offset = self._distance = self._in_turn = 0
         #: Whether `fill` has something to do.
         self.is_wanted = False
-        #: When a chain was begun (`monotonic`).
-        self.last_begun = 0.0
+        self._patience = _PATIENCE
 
     def note(self, offset: int, size: int) -> None:
-        """Take notice of a READ that is answered by us while the kernel sends another."""
+        """Take notice of a READ that is left to us, most often since the kernel sends another."""
         distance = offset - self._offset
         self._offset = offset
         if distance == self._distance and size == _READ_BYTES <= distance:
@@ -106,7 +112,7 @@ class RepliesAhead:
             self.forget()
 
     def fill(self, ranges_of: Callable[[int, int], Sequence[FileRange] | None]) -> None:
-        """Have the data of the READs gathered that are expected next.
+        """Have the data of the READs gathered that are expected next; let go of any others.
 
         Args:
             ranges_of: Says where they are, given offset and length in bytes; None: not to be had.
@@ -119,6 +125,8 @@ class RepliesAhead:
                 expected.remove(place.offset)
             elif place.offset != _NOTHING:
                 place.empty()
+        if self.is_late():  # no more behind it
+            return
         for place in self._places:
             if place.offset == _NOTHING and not place.is_filling and expected:
                 self._fill(place, expected.pop(0), ranges_of)
@@ -129,14 +137,33 @@ class RepliesAhead:
         offset: int,
         ranges_of: Callable[[int, int], Sequence[FileRange] | None],
     ) -> None:
-        ranges = ranges_of(offset, _READ_BYTES)
-        if not ranges or (ends := place.open()) is None:
+        if self._ring.is_broken or (place.ends is None and not self._open(place)):
             return
-        if self._ring.begin(place.number, ranges, ends[1]):
+        ranges = ranges_of(offset, _READ_BYTES)
+        if not ranges or place.ends is None:
+            return
+        place.begun = monotonic()
+        begun = self._ring.begin(place.number, ranges, place.ends[1])
+        if begun:
             place.offset = offset
-            place.is_filling = True
             place.last_length = ranges[-1][2]
-            place.begun = self.last_begun = monotonic()
+        # What was taken of a chain that was not begun may yet go into the pipe, or into what has
+        # its number then: it stays open.
+        place.is_filling = begun or self._ring.is_broken
+
+    def _open(self, place: _Place) -> bool:
+        ends = None
+        if self._patience:
+            with suppress(OSError):
+                ends = open_pipe()
+            self._patience = self._patience - 1 if ends is None else _PATIENCE
+        place.ends = ends
+        return ends is not None
+
+    def is_late(self) -> bool:
+        """Whether a chain waits for a file, it seems, so that whatever is begun waits with it."""
+        limit = monotonic() - _LATE
+        return any(place.is_filling and place.begun < limit for place in self._places)
 
     def filled(self, done: Done) -> float:
         """Take notice that a chain is done.
@@ -164,9 +191,11 @@ class RepliesAhead:
         for place in self._places:
             if place.offset == offset and size == _READ_BYTES and not place.is_filling:
                 place.offset = _NOTHING
-                if place.ends is not None and move(place.ends[0]):
+                is_fresh = place.begun > monotonic() - _FRESH
+                if is_fresh and place.ends is not None and move(place.ends[0]):
                     return True
                 place.empty()
+                return False
         return False
 
     def forget(self) -> None:
@@ -177,6 +206,6 @@ class RepliesAhead:
                 place.empty()
 
     def close(self) -> None:
-        """Close the pipes. Nothing is under way."""
+        """Close the pipes. Nothing is under way, and the ring is closed."""
         for place in self._places:
-            place.empty()
+            place.close()

@@ -47,7 +47,6 @@ class ReplyRing:
         failed: Called in `reap` with the request whose reply was not sent: answer it.
         not_sent: Called in `reap` with why the kernel refused a whole reply, as it does when the
             request was aborted; then `failed` is called too, unless nobody waits any more.
-        took: Called in `reap` with how long a reply took that was to be timed (seconds).
 
     Raises:
         OSError: The system has no such rings, or not for this process.
@@ -59,12 +58,10 @@ class ReplyRing:
         *,
         failed: Callable[[tuple[int, int, int]], None],
         not_sent: Callable[[OSError], None],
-        took: Callable[[float], None],
     ) -> None:
         self._connection = connection
         self._failed = failed
         self._not_sent = not_sent
-        self._took = took
         self._splices = SpliceRing()
         #: What is gathered before it is asked for.
         self.ahead = RepliesAhead(self._splices, _REPLY + 1)
@@ -73,7 +70,6 @@ class ReplyRing:
         #: Whether a reply is under way.
         self.is_busy = False
         self._request = (0, 0, 0)
-        self._timed = False
         self._total = 0
         self._begun = 0.0
         self._patience = _PATIENCE
@@ -90,17 +86,13 @@ class ReplyRing:
 
     def may_send(self) -> bool:
         """Whether a reply would be begun at once: none is under way, and no file waited for."""
-        return not self.is_busy and not (
-            self.under_way and self.ahead.last_begun < monotonic() - _SLOW
-        )
+        return not self.is_busy and not (self.under_way and self.ahead.is_late())
 
     def send(
         self,
         header: bytes,
         ranges: Sequence[FileRange],
         request: tuple[int, int, int],
-        *,
-        timed: bool = False,
     ) -> bool:
         """Begin to send a reply. `is_busy` is false, and then true.
 
@@ -108,7 +100,6 @@ class ReplyRing:
             header: Of the reply, whose length counts the data.
             ranges: The data. Their files stay open until it is sent.
             request: For `failed`: its number first, its length in bytes last.
-            timed: Whether `took` is to be called.
 
         Returns:
             False: nothing was, or will be, sent.
@@ -119,10 +110,10 @@ class ReplyRing:
             return False
         total = os.write(self._input, header) + request[2]
         send = self._output, self._connection, total
+        self._begun = monotonic()
         if not self._splices.begin(_REPLY, ranges, self._input, send):
             return False  # nor will any other
-        self._request, self._total, self._timed = request, total, timed
-        self._begun = monotonic()
+        self._request, self._total = request, total
         self.is_busy = True
         return True
 
@@ -142,8 +133,6 @@ class ReplyRing:
                 self.is_busy = False
                 if result == self._total:
                     self._patience = _PATIENCE
-                    if self._timed:
-                        self._took(monotonic() - begun)
                 else:
                     self._fail(-result if is_last and result < 0 else 0)
             slow = slow or monotonic() - begun > _SLOW
@@ -188,13 +177,12 @@ def open_reply_ring(
     *,
     failed: Callable[[tuple[int, int, int]], None],
     not_sent: Callable[[OSError], None],
-    took: Callable[[float], None],
 ) -> ReplyRing | None:
     """A `ReplyRing`, or None where there is none, or where it is of no use."""
     # What the kernel writes is read without a barrier: on x86, loads keep their order.
     if os.uname().machine != "x86_64" or len(os.sched_getaffinity(0)) < 2:
         return None
     try:
-        return ReplyRing(connection, failed=failed, not_sent=not_sent, took=took)
+        return ReplyRing(connection, failed=failed, not_sent=not_sent)
     except (OSError, ValueError):
         return None

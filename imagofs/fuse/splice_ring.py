@@ -150,7 +150,7 @@ class SpliceRing:
         Returns:
             False: not begun.
         """
-        if self.is_broken or len(ranges) > MOST_RANGES:
+        if self.is_broken or not 0 < len(ranges) <= MOST_RANGES:
             return False
         words, sqes, mask = self._words, self._sqes, self._mask
         flags, data = _SQE_IO_LINK | _SQE_CQE_SKIP_SUCCESS, number << 1

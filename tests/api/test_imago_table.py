@@ -709,6 +709,7 @@ def test_sync_format_access(tmp_path):
         "lend_nowait",
         "cached_ranges",
         "file_ranges",
+        "likely_ranges",
     )
     for name in dir(FormatAccess):
         if not name.startswith("_") and name not in not_blocking:

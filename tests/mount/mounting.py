@@ -52,6 +52,12 @@ def wait_until(condition: Callable[[], object], *, seconds: float = 20.0) -> Non
         time.sleep(0.005)
 
 
+def kernel_threads(mounted: Mounted) -> int:
+    """Threads of the kernel that work for a daemon; each ends after some idle seconds."""
+    tasks = Path(f"/proc/{mounted.pid}/task")
+    return sum((task / "comm").read_text().startswith("iou-wrk") for task in tasks.iterdir())
+
+
 def mount_at(point: Path) -> mounts.Mount | None:
     """What is mounted at `point`."""
     return mounts.find_at(str(point))

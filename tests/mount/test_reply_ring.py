@@ -21,7 +21,14 @@ from imagofs.fuse.reply_ring import ReplyRing, open_reply_ring
 from tests import qemu
 from tests.mount.conftest import random_bytes
 from tests.mount.kernel import fail
-from tests.mount.mounting import Mounted, MountImage, imagofs, read_direct, wait_until
+from tests.mount.mounting import (
+    Mounted,
+    MountImage,
+    imagofs,
+    kernel_threads,
+    read_direct,
+    wait_until,
+)
 
 MIB = 1 << 20
 KIB = 1 << 10
@@ -37,12 +44,10 @@ class Other:
         self.there.settimeout(10)
         self.failed: list[tuple[int, int, int]] = []
         self.errors: list[int | None] = []
-        self.took: list[float] = []
         self.ring = ReplyRing(
             self.here.fileno(),
             failed=self.failed.append,
             not_sent=lambda error: self.errors.append(error.errno),
-            took=self.took.append,
         )
         self.splices = self.ring._splices
 
@@ -101,7 +106,7 @@ def test_replies(other: Other, file: int) -> None:
         ranges = [(file, offset, length) for offset, length in places]
         request = (turn, 0, sum(length for _, length in places))
         assert other.ring.may_send()
-        assert other.ring.send(b"header", ranges, request, timed=turn == 3)
+        assert other.ring.send(b"header", ranges, request)
         assert other.ring.is_busy
         assert other.ring.is_sending(turn)
         assert not other.ring.is_sending(turn + 1)
@@ -111,8 +116,6 @@ def test_replies(other: Other, file: int) -> None:
     assert not other.failed
     assert not other.errors
     assert not other.ring.reap()
-    assert len(other.took) == 1
-    assert 0 < other.took[0] < 10
     assert not other.ring.send(b"header", [(file, 0, 1)] * 65, (0, 0, 65)), "too many"
     assert not other.ring.is_busy
     assert other.receives_nothing()
@@ -251,7 +254,7 @@ def test_no_pipe(other: Other, file: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened() -> ReplyRing | None:
-        return open_reply_ring(0, failed=print, not_sent=fail, took=print)
+        return open_reply_ring(0, failed=print, not_sent=fail)
 
     before = os.listdir("/proc/self/fd")
     ring = opened()
@@ -271,14 +274,6 @@ def test_no_ring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- mounts ---------------------------------------------------------------------------------------
-
-
-def kernel_threads(mounted: Mounted) -> int:
-    """Threads of the kernel that work for the daemon; each ends after some idle seconds."""
-    tasks = Path(f"/proc/{mounted.pid}/task")
-    return sum(
-        (tasks / task / "comm").read_text().startswith("iou-wrk") for task in os.listdir(tasks)
-    )
 
 
 @pytest.mark.parametrize("options", ["ro", "rw,format=raw"])
