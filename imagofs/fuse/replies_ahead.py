@@ -42,7 +42,7 @@ _LATE = 0.0005
 #: A chain of the kernel's costs the same for smaller ones, and saves less: not worth it.
 _READ_BYTES: Final = MAX_WRITE
 _NOTHING = -1
-#: No pipe was to be had this often.
+#: No pipe was to be had this often in turn: none is asked for any more.
 _PATIENCE = 16
 
 
@@ -152,13 +152,12 @@ class RepliesAhead:
         place.is_filling = begun or self._ring.is_broken
 
     def _open(self, place: _Place) -> bool:
-        ends = None
-        if self._patience:
-            with suppress(OSError):
-                ends = open_pipe()
-            self._patience = self._patience - 1 if ends is None else _PATIENCE
-        place.ends = ends
-        return ends is not None
+        if not self._patience:
+            return False
+        with suppress(OSError):
+            place.ends = open_pipe()
+        self._patience = self._patience - 1 if place.ends is None else _PATIENCE
+        return place.ends is not None
 
     def is_late(self) -> bool:
         """Whether a chain waits for a file, it seems, so that whatever is begun waits with it."""

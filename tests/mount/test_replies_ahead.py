@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from imagofs import PermissiveImplicitOpenGate, open_image
 from imagofs.fuse import replies_ahead, reply_ring
 from imagofs.fuse.protocol import MAX_WRITE
 from imagofs.fuse.replies_ahead import RepliesAhead
+from imagofs.fuse.reply_pipe import ReplyPipe
 from imagofs.fuse.reply_ring import ReplyRing
 from imagofs.fuse.splice_ring import SpliceRing
 from tests import qemu
@@ -316,6 +318,23 @@ def test_nothing_is_sent_behind_what_waits(
         assert ring.may_send()
     finally:
         ring.close()
+
+
+def test_a_reply_from_another_pipe() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        pipe = ReplyPipe(here.fileno(), fail)
+        output, into = os.pipe2(os.O_NONBLOCK)
+        os.write(into, b"data")
+        for size in (5, 4):  # less than was said, and then nothing
+            assert not pipe.fill_from(b"header", output, size)
+        os.write(into, b"other data")
+        assert pipe.fill_from(b"header", output, 10)
+        pipe.send()
+        assert there.recv(100) == b"headerother data"
+        pipe.close()
+        os.close(output)
+        os.close(into)
 
 
 async def test_what_is_likely_to_be_in_the_page_cache(tmp_path: Path) -> None:
