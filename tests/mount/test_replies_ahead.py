@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import mmap
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -368,7 +367,7 @@ def pipes(mounted: Mounted) -> int:
     """Ends of pipes that the daemon has."""
     number = 0
     for fd in Path(f"/proc/{mounted.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since
+        with suppress(FileNotFoundError):  # closed since
             number += os.readlink(fd).startswith("pipe:")
     return number
 
@@ -403,31 +402,42 @@ class Reader:
 
 
 _READER = """
-import mmap, os, sys
+import mmap, os, random, sys
 fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
 buffer = mmap.mmap(-1, 1 << 20)
+offsets = [number << 20 for number in range(64)]
 while True:
-    for offset in range(0, 64 << 20, 1 << 20):
+    if sys.argv[2] == "anyhow":
+        random.shuffle(offsets)
+    for offset in offsets:
         os.preadv(fd, [buffer], offset)
 """
+
+
+@contextmanager
+def reader_of(mounted: Mounted, order: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", _READER, str(mounted.file), order]) as reader:
+        try:
+            yield reader
+        finally:
+            reader.kill()
 
 
 def test_pipes_while_somebody_reads_in_order(mount: MountImage, tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(DATA * (64 * MIB // len(DATA)))
     mounted = mount(image)
-    with subprocess.Popen([sys.executable, "-c", _READER, str(mounted.file)]) as reader:
+    with reader_of(mounted, "anyhow"):
+        time.sleep(1)
+    before = pipes(mounted)
+    with reader_of(mounted, "in order") as reader:
         for _ in range(4):
-            most = 0
-            ends = time.monotonic() + 0.5
-            while time.monotonic() < ends:
-                most = max(most, pipes(mounted))
+            wait_until(lambda: pipes(mounted) > before)
             assert kernel_threads(mounted) <= 1
             # Nothing is kept for who may not come.
             reader.send_signal(signal.SIGSTOP)
-            wait_until(partial(lambda most: pipes(mounted) <= most - 4, most))
+            wait_until(lambda: pipes(mounted) <= before)
             reader.send_signal(signal.SIGCONT)
-        reader.kill()
     figures = json.loads(os.getxattr(mounted.file, "user.imagofs.stats"))
     # To copy 512 KiB takes 30 us at least, and nobody waits for long.
     assert 20e-6 < figures["latency_p50"] < 2e-3
