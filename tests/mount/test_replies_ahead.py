@@ -294,8 +294,9 @@ def test_nothing_is_sent_behind_what_waits(
     try:
         for number in range(6):
             ring.ahead.note(number * SIZE, SIZE)
-        ring.ahead.fill(gathering.ranges)
-        assert ring.under_way
+        # Of the second one nobody knows where it is.
+        ring.ahead.fill(lambda *read: gathering.ranges(*read) if read[0] == 6 * SIZE else None)
+        assert len(ring.under_way) == 1
         for limit, may in ((1000.0, True), (-1.0, False)):
             monkeypatch.setattr(replies_ahead, "_LATE", limit)
             assert ring.may_send() is may
