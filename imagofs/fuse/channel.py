@@ -336,7 +336,7 @@ class Channel:
                     data, filled = reply.slices.get(size) or reply.slice(size)
                     try:
                         sent = (
-                            send_large(unique, offset, size, here=bool(timed and here))
+                            send_large(unique, offset, size, here=timed and here)
                             if size >= LARGE_READ_BYTES
                             else None
                         )

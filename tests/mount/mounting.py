@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from imagofs.fuse import mounts, unmounting
 from imagofs.fuse.control import Connection
+from tests import qemu
 
 PROGRAM = Path(sys.executable).with_name("imagofs")
 TIMEOUT_SECONDS = 60.0
@@ -50,6 +52,35 @@ def wait_until(condition: Callable[[], object], *, seconds: float = 20.0) -> Non
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.005)
+
+
+def make_chain(folder: Path, *, size: int, seed: int) -> tuple[Path, bytes]:
+    """Four images, 0.qcow2 the lowest, each with writes of all lengths: the top one, the disk."""
+    order = random.Random(seed)
+    expected = bytearray(size)
+    top: Path | None = None
+    for layer in range(4):
+        writes = []
+        for _ in range(40):
+            length = order.choice([4096, 65536, 300 << 10])
+            offset = order.randrange(0, size - length, 512)
+            value = order.randrange(1, 256)
+            writes.append(f"write -P {value} {offset} {length}")
+            expected[offset : offset + length] = bytes([value]) * length
+        path = folder / f"{layer}.qcow2"
+        if top is None:
+            top = qemu.create(path, size, writes=writes)
+        else:
+            top = qemu.create(path, backing=top.name, writes=writes)
+    assert top is not None
+    return top, bytes(expected)
+
+
+def drop_pages(path: Path) -> None:
+    """Let the page cache have nothing of a file that is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
 
 
 def kernel_threads(mounted: Mounted) -> int:

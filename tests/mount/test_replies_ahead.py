@@ -32,7 +32,9 @@ from tests.mount.kernel import fail
 from tests.mount.mounting import (
     Mounted,
     MountImage,
+    drop_pages,
     kernel_threads,
+    make_chain,
     read_direct,
     wait_until,
 )
@@ -342,21 +344,15 @@ async def test_what_is_likely_to_be_in_the_page_cache(tmp_path: Path) -> None:
     over = qemu.create(tmp_path / "over.qcow2", backing=top.name, writes=["write -P 2 1M 64k"])
     os.sync()
     async with await open_image(over, gate=PermissiveImplicitOpenGate()) as access:
-
-        def drop(path: Path) -> None:
-            fd = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
-
         await access.read(bytearray(4 * MIB), 0)
         ranges = access.file_ranges(MIB - 64 * KIB, 128 * KIB)
         assert ranges is not None and len(ranges) == 2
         assert access.likely_ranges(MIB - 64 * KIB, 128 * KIB) == ranges
-        drop(top)  # which has the first of the two
+        drop_pages(top)  # which has the first of the two
         assert access.cached_ranges(MIB - 64 * KIB, 128 * KIB) is None
         assert access.likely_ranges(MIB - 64 * KIB, 128 * KIB) == ranges
         assert access.likely_ranges(0, MIB) is None
-        drop(over)
+        drop_pages(over)
         assert access.likely_ranges(MIB - 64 * KIB, 128 * KIB) is None
         assert access.file_ranges(MIB - 64 * KIB, 128 * KIB) == ranges
 
@@ -447,33 +443,18 @@ def test_pipes_while_somebody_reads_in_order(mount: MountImage, tmp_path: Path) 
 
 def test_a_chain_whose_pages_are_dropped(mount: MountImage, tmp_path: Path) -> None:
     order = random.Random(9)
-    expected = bytearray(16 * MIB)
-    top = None
-    for layer in range(4):
-        writes = []
-        for _ in range(40):
-            length = order.choice([4096, 65536, 300 * KIB])
-            offset = order.randrange(0, 16 * MIB - length, 512)
-            value = order.randrange(1, 256)
-            writes.append(f"write -P {value} {offset} {length}")
-            expected[offset : offset + length] = bytes([value]) * length
-        backing = None if top is None else top.name
-        size = 16 * MIB if top is None else None
-        top = qemu.create(tmp_path / f"{layer}.qcow2", size, backing=backing, writes=writes)
-    assert top is not None
+    top, expected = make_chain(tmp_path, size=16 * MIB, seed=9)
     # Without holes: a range of zeroes is in no file.
     flat = tmp_path / "flat.qcow2"
     qemu.qemu_img("convert", "-O", "qcow2", "-S", "0", top, flat)
     for image in (top, flat):
         mounted = mount(image)
-        readers = [Reader(mounted, bytes(expected), lambda turn: turn) for _ in range(2)]
+        readers = [Reader(mounted, expected, lambda turn: turn) for _ in range(2)]
         for _ in range(60):
             time.sleep(0.03)
             for file in tmp_path.glob("*.qcow2"):
                 if not order.randrange(4):
-                    fd = os.open(file, os.O_RDONLY)
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                    os.close(fd)
+                    drop_pages(file)
         for reader in readers:
             reader.stop()
         mounted.umount()

@@ -18,14 +18,15 @@ import pytest
 
 from imagofs.fuse import reply_ring, splice_ring
 from imagofs.fuse.reply_ring import ReplyRing, open_reply_ring
-from tests import qemu
 from tests.mount.conftest import random_bytes
 from tests.mount.kernel import fail
 from tests.mount.mounting import (
     Mounted,
     MountImage,
+    drop_pages,
     imagofs,
     kernel_threads,
+    make_chain,
     read_direct,
     wait_until,
 )
@@ -288,21 +289,7 @@ def test_the_kernel_sends_what_nobody_writes_to(
 
 
 def test_many_readers_of_a_chain(mount: MountImage, tmp_path: Path) -> None:
-    order = random.Random(9)
-    expected = bytearray(8 * MIB)
-    top = None
-    for layer in range(4):
-        writes = []
-        for _ in range(40):
-            length = order.choice([4096, 65536, 300 * KIB])
-            offset = order.randrange(0, 8 * MIB - length, 512)
-            value = order.randrange(1, 256)
-            writes.append(f"write -P {value} {offset} {length}")
-            expected[offset : offset + length] = bytes([value]) * length
-        backing = None if top is None else top.name
-        size = 8 * MIB if top is None else None
-        top = qemu.create(tmp_path / f"{layer}.qcow2", size, backing=backing, writes=writes)
-    assert top is not None
+    top, expected = make_chain(tmp_path, size=8 * MIB, seed=9)
     mounted = mount(top)
     ends = time.monotonic() + 3
 
@@ -313,10 +300,7 @@ def test_many_readers_of_a_chain(mount: MountImage, tmp_path: Path) -> None:
             offset = order.randrange(0, 8 * MIB - length, 512)
             assert read_direct(mounted, offset, length) == expected[offset : offset + length]
             if not order.randrange(50):
-                path = tmp_path / f"{order.randrange(4)}.qcow2"
-                fd = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
+                drop_pages(tmp_path / f"{order.randrange(4)}.qcow2")
 
     with ThreadPoolExecutor(6) as readers:
         list(readers.map(read, range(6)))
