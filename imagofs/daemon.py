@@ -405,6 +405,7 @@ class _Daemon:
                 shown=self._shown(disk.image_status()),
                 allow_other=options.allow_other,
                 channel=options.channel,
+                awake=options.awake,
                 kernel=options.kernel,
                 detach=helper.detach,
                 is_severed=helper.is_severed,

@@ -62,6 +62,12 @@ OPTIONS: Final = [
     MountOption(("writeback",), "let the kernel keep written pages back until they are synced"),
     MountOption(("channel=on|off",), "off: every request through pyfuse3; slower"),
     MountOption(
+        ("awake=auto|on|off",),
+        "while somebody sends one request at a time, keep idle processors from sleeping, all of "
+        "them, if replies arrive faster for it (/dev/cpu_dma_latency; needs root). auto, the "
+        "default: on machines with four processors at most",
+    ),
+    MountOption(
         ("metadata_cache=SIZE", "inflate_cache=SIZE"),
         "bounds of the caches of tables and of inflated clusters (default: 32M and 64M)",
     ),

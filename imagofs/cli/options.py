@@ -75,6 +75,8 @@ class MountOptions:
         mkdir: `X-mount.mkdir`, `X-mount.mkdir=`: make the mountpoint if it is missing, with these
             permission bits; None: do not.
         channel: `channel=`: use the data channel.
+        awake: `awake=`: keep idle processors awake while that makes replies faster; "auto": where
+            few are, and if it is possible.
         direct_io: `direct_io`: bypass the kernel's page cache.
         writeback: `writeback`: let the kernel keep written pages back.
         metadata_bytes: `metadata_cache=`; None: the default.
@@ -103,6 +105,7 @@ class MountOptions:
     lock: bool | Literal["auto"] = "auto"
     mkdir: int | None = None
     channel: bool = True
+    awake: bool | Literal["auto"] = "auto"
     direct_io: bool = False
     writeback: bool = False
     metadata_bytes: int | None = None
@@ -181,6 +184,8 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
         raise OptionError("options 'deny' and 'allow' contradict each other")
     if chosen.get("snapshot") is not None and chosen.get("writable"):
         raise OptionError("a snapshot is read-only: options 'snapshot' and 'rw' do not go together")
+    if chosen.get("awake") is True and chosen.get("channel") is False:
+        raise OptionError("options 'awake=on' and 'channel=off' do not go together")
     if chosen.get("overlay") is not None:
         if chosen.get("snapshot") is not None:
             raise OptionError("options 'snapshot' and 'overlay' do not go together")
@@ -298,6 +303,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "lock": ("lock", _three_ways),
     "confine": ("confine", _three_ways),
     "channel": ("channel", _switch),
+    "awake": ("awake", _three_ways),
     "overlay": ("overlay", _absolute),
     "setuid": ("setuid", _user),
     "stop_timeout": ("stop_timeout", _seconds),

@@ -18,6 +18,8 @@ Rules that live here:
 - While replies are in pipes, nothing is done to a writable image: they refer to its pages.
 - What the second thread is given of large WRITEs (`large_writes.py`) is done before a burst ends:
   meanwhile READs and WRITEs are answered, and no task runs.
+- While somebody waits for one reply after another, idle processors are kept from sleeping if that
+  gains something (`wakefulness.py`), until nothing has come for a moment.
 - Small replies are held back for a moment while requests are queuing, never while nothing is to be
   done (`_BUSY_STREAK`).
 - An interrupted request is finished as if it had not been, as a disk does it.
@@ -55,6 +57,7 @@ from .reply_ring import ReplyRing, open_reply_ring
 from .second_thread import SecondThread
 from .statistics import SAMPLE_EVERY
 from .waiting import SPARE_BUFFERS, Waiting
+from .wakefulness import Wakefulness
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -115,6 +118,8 @@ class Channel:
         amendments: What to change in INIT's reply.
         direct_io: Whether all reads and writes bypass the kernel's page cache.
         open_flags: FOPEN_* flags to add to OPEN's replies.
+        wakefulness: What keeps processors awake, told of every `SAMPLE_EVERY` requests; None:
+            nothing does.
         negotiated: Called with the features once INIT was answered: the mount answers from then on.
     """
 
@@ -127,6 +132,7 @@ class Channel:
         amendments: protocol.Amendments,
         direct_io: bool,
         open_flags: int,
+        wakefulness: Wakefulness | None,
         negotiated: Callable[[int], None],
     ) -> None:
         self.statistics = ChannelStatistics()
@@ -171,6 +177,8 @@ class Channel:
             written=self._large_is_written,
             finished=self._large_is_finished,
         )
+        self._wakefulness = wakefulness
+        self._alone = 0  # requests since the last that was timed that came when all was done
         self._owes_sample = False  # a request that should have been timed was not
         self._spin = _SPIN
         self._vain_spins = 0
@@ -203,6 +211,7 @@ class Channel:
                     with trio.CancelScope() as self._until_laundered:
                         await self._answer()
             finally:
+                self._let_processors_sleep()
                 await self._settle_ring()
         self._large.settle()
         await self._forwarder.settle()
@@ -224,15 +233,34 @@ class Channel:
             if outcome == _IDLE:
                 if self._ring:
                     self._ring.ahead.forget()
-                await trio.lowlevel.wait_readable(self._fd)
+                await self._readable()
             elif outcome == _FULL:
+                self._let_processors_sleep()
                 await self._waiting.one_less()
             else:
                 await trio.lowlevel.checkpoint()
 
+    async def _readable(self) -> None:
+        """Return when there is a request; if none comes for a moment, processors may sleep."""
+        if self._wakefulness and self._wakefulness.is_held:
+            with trio.move_on_after(_SLEEP_MILLISECONDS / 1000):
+                await trio.lowlevel.wait_readable(self._fd)
+                return
+            self._wakefulness.let_go()
+        await trio.lowlevel.wait_readable(self._fd)
+
+    def _let_processors_sleep(self) -> None:
+        if self._wakefulness:
+            self._wakefulness.let_go()
+
     def stop(self) -> None:
         """Read no further request, but those that a request waits for."""
         self._scope.cancel()
+
+    @property
+    def awake_seconds(self) -> float:
+        """For how long idle processors were kept awake."""
+        return self._wakefulness.seconds if self._wakefulness else 0.0
 
     @property
     def queue_depth(self) -> int:
@@ -276,6 +304,8 @@ class Channel:
         add_latency = self.statistics.latencies.add
         spins = started = 0
         owed = here = self._owes_sample
+        wakefulness = self._wakefulness
+        alone = self._alone
         budget = _BUDGET
         try:
             while budget > 0:
@@ -318,12 +348,16 @@ class Channel:
                     continue
                 if spins:
                     spins = self._vain_spins = 0
+                    alone += 1
                 streak += 1
                 budget -= 1
                 _, opcode, unique, _, offset, size = unpack(view)
                 if timed := owed or not unique & _SAMPLE_MASK:
                     here, owed = owed, False
                     started = perf_counter_ns()
+                    if wakefulness and not here:
+                        wakefulness.span(started, alone)
+                        alone = 0
                 if in_pipes:
                     if writable and opcode != READ:
                         large.settle()
@@ -418,6 +452,7 @@ class Channel:
                 large.settle() if writable else large.hand_over()
             reply_each(held)
             self._owes_sample = owed
+            self._alone = alone
             statistics = self.statistics
             statistics.reads += reads
             statistics.read_bytes += read_bytes
@@ -573,6 +608,8 @@ class Channel:
     def give_back(self) -> None:
         """Put the real descriptor back where pyfuse3 reads, once its loop has ended."""
         self._disk.launder = None
+        if self._wakefulness:
+            self._wakefulness.close()
         self._large.close()
         if self._ring:
             self._ring.close()

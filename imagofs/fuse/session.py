@@ -22,7 +22,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyfuse3
 import trio
@@ -32,7 +32,8 @@ from . import mounts, protocol
 from .channel import Channel
 from .disk import Disk
 from .operations import Operations, Shown
-from .statistics import metrics, one_line, snapshot
+from .statistics import SAMPLE_EVERY, metrics, one_line, snapshot
+from .wakefulness import Wakefulness, open_wakefulness
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -55,6 +56,8 @@ class SessionOptions:
         is_severed: Whether what is mounted at a point has lost its daemon; called in a thread.
         allow_other: Let other users in.
         channel: Use the data channel.
+        awake: Keep idle processors awake while that makes replies faster; "auto": where few are,
+            and if it is possible. Needs the channel.
         kernel: Further mount options for the kernel ("nosuid", "noatime" ...).
     """
 
@@ -65,6 +68,7 @@ class SessionOptions:
     is_severed: Callable[[str], bool]
     allow_other: bool = False
     channel: bool = True
+    awake: bool | Literal["auto"] = False
     kernel: tuple[str, ...] = ()
 
 
@@ -117,6 +121,7 @@ class Session:
         Raises:
             ImagofsError: It failed; nothing is mounted.
         """
+        wakefulness = self._open_wakefulness()
         before = _fuse_descriptors()
         options = {
             "default_permissions",
@@ -135,6 +140,8 @@ class Session:
             else:
                 failure = None
         if failure is not None:
+            if wakefulness:
+                wakefulness.close()
             raise self._mount_error(captured.text) from failure
         for line in captured.text.splitlines():
             log.warning("%s", line)
@@ -146,7 +153,7 @@ class Session:
         (session_fd,) = _fuse_descriptors() - before
         self._connection = os.dup(session_fd)
         if self.options.channel:
-            self.channel = self._open_channel(session_fd)
+            self.channel = self._open_channel(session_fd, wakefulness)
 
     def _mount_error(self, text: str) -> ImagofsError:
         reasons = [
@@ -161,7 +168,11 @@ class Session:
             f"cannot mount: {reason}", error=errno.EPERM, filename=self.options.point
         )
 
-    def _open_channel(self, session_fd: int) -> Channel:
+    def _open_wakefulness(self) -> Wakefulness | None:
+        awake = self.options.channel and self.options.awake
+        return open_wakefulness(awake, SAMPLE_EVERY)
+
+    def _open_channel(self, session_fd: int, wakefulness: Wakefulness | None) -> Channel:
         direct_io = self.options.shown.direct_io
         wanted = protocol.HANDLE_KILLPRIV_V2
         if direct_io:
@@ -180,6 +191,7 @@ class Session:
             ),
             direct_io=direct_io,
             open_flags=open_flags,
+            wakefulness=wakefulness,
             negotiated=self._negotiated,
         )
 

@@ -93,6 +93,7 @@ def snapshot(session: Session) -> dict[str, Any]:
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "latency_p50": latencies.quantile(0.5),
             "latency_p99": latencies.quantile(0.99),
+            "awake_seconds": round(channel.awake_seconds, 3),
         }
     return figures
 
@@ -127,6 +128,7 @@ _METRICS: Final = {
     "tasks": ("gauge", "Tasks of the daemon, those of requests that wait included."),
     "latency_p50": ("gauge", "Seconds that half of the requests did not exceed."),
     "latency_p99": ("gauge", "Seconds that 99 of 100 requests did not exceed."),
+    "awake_seconds": ("counter", "Seconds for which idle processors were kept from sleeping."),
 }
 
 

@@ -80,6 +80,7 @@ class Kernel:
             amendments=protocol.Amendments(0, 0, 16),
             direct_io=False,
             open_flags=0,
+            wakefulness=None,
             negotiated=lambda _: None,
         )
         second: Any = self.second
