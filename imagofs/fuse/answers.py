@@ -6,10 +6,11 @@ import errno
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .errors import FailureLog
-from .protocol import error_reply
+from .protocol import OUT_HEADER, error_reply
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -38,7 +39,7 @@ class Answers:
         try:
             os.writev(self._fd, [message, *data])
         except OSError as error:
-            self.not_sent(error)
+            self.not_sent(error, message)
 
     def reply_each(self, messages: list[Buffer]) -> None:
         """Write several replies, and empty the list."""
@@ -46,7 +47,7 @@ class Answers:
             try:
                 os.write(self._fd, message)
             except OSError as error:
-                self.not_sent(error)
+                self.not_sent(error, message)
         messages.clear()
 
     def fail(
@@ -56,8 +57,14 @@ class Answers:
         place = "" if offset < 0 else f" at {offset}" if size < 0 else f" {size} bytes at {offset}"
         self.reply(error_reply(unique, self._failures.answer(error, f"{what}{place}")))
 
-    def not_sent(self, error: OSError) -> None:
-        """Note that a reply could not be written."""
+    def not_sent(self, error: OSError, message: Buffer | None = None) -> None:
+        """Note that a reply could not be written, and answer with the errno if it was this one."""
         # ENOENT: the request was aborted.
-        if error.errno != errno.ENOENT and error.errno not in ENDED:
-            log.error("cannot answer a request: %s", error)
+        if error.errno == errno.ENOENT or error.errno in ENDED:
+            return
+        log.error("cannot answer a request: %s", error)
+        if message is not None:
+            # The kernel had no memory, say. Who waits for an answer cannot even be killed.
+            _, _, unique = OUT_HEADER.unpack_from(message)
+            with suppress(OSError):
+                os.write(self._fd, error_reply(unique, error.errno or errno.EIO))

@@ -434,7 +434,7 @@ class Channel:
                     try:
                         write(fd, message)
                     except OSError as error:
-                        answers.not_sent(error)
+                        answers.not_sent(error, message)
                 else:
                     held.append(message)
                     if len(held) == 1:

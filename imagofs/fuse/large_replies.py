@@ -36,11 +36,11 @@ class LargeReplies:
     Args:
         connection: The descriptor, an open /dev/fuse.
         second: The thread.
-        failed: Called with why a reply could not be sent, in either thread.
+        failed: See `ReplyPipe`; called in either thread.
     """
 
     def __init__(
-        self, connection: int, second: SecondThread, failed: Callable[[OSError], None]
+        self, connection: int, second: SecondThread, failed: Callable[[OSError, bytes], None]
     ) -> None:
         self._second = second
         self._pipe = ReplyPipe(connection, failed)

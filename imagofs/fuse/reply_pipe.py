@@ -31,14 +31,16 @@ class ReplyPipe:
 
     Args:
         connection: The descriptor, an open /dev/fuse.
-        failed: Called with why the kernel refused a reply, as it does when the request was aborted.
+        failed: Called with why the kernel refused a reply, as it does when the request was aborted,
+            and with the reply's header.
     """
 
-    def __init__(self, connection: int, failed: Callable[[OSError], None]) -> None:
+    def __init__(self, connection: int, failed: Callable[[OSError, bytes], None]) -> None:
         self._connection = connection
         self._failed = failed
         self._output = self._input = -1
-        self._length = 0  # bytes of the reply that is in the pipe
+        self._header = b""
+        self._length = 0  # bytes of the reply that is in the pipe, its header included
         self._patience = _PATIENCE
 
     def fill(self, header: bytes, ranges: Iterable[FileRange]) -> bool:
@@ -65,7 +67,7 @@ class ReplyPipe:
             self.close()  # with what is in it
             return False
         self._patience = _PATIENCE
-        self._length = total
+        self._header, self._length = header, total
         return True
 
     def fill_from(self, header: bytes, output: int, size: int) -> bool:
@@ -88,6 +90,7 @@ class ReplyPipe:
         if self._length != len(header) + size:
             self.close()
             return False
+        self._header = header
         return True
 
     def send(self) -> None:
@@ -96,7 +99,7 @@ class ReplyPipe:
             os.splice(self._output, self._connection, self._length)
         except OSError as error:
             self.close()
-            self._failed(error)
+            self._failed(error, self._header)
 
     def close(self) -> None:
         """Close the pipe; the next reply opens another."""

@@ -18,7 +18,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
-def fail(error: OSError) -> None:
+def fail(error: OSError, _header: bytes = b"") -> None:
     raise AssertionError from error
 
 

@@ -92,13 +92,20 @@ def test_what_cannot_be_filled_sends_nothing(
 
 def test_a_reply_that_is_refused(ends: tuple[socket.socket, socket.socket], file: int) -> None:
     here, there = ends
-    errors: list[OSError] = []
-    pipe = ReplyPipe(here.fileno(), errors.append)
+    refused: list[tuple[int | None, bytes]] = []
+    pipe = ReplyPipe(here.fileno(), lambda error, header: refused.append((error.errno, header)))
     there.close()
     for count in range(1, 4):
         assert pipe.fill(b"header", [(file, 0, 5000)])
         pipe.send()
-        assert [error.errno for error in errors] == [errno.EPIPE] * count
+        assert refused == [(errno.EPIPE, b"header")] * count
+    pair = os.pipe()
+    os.write(pair[1], b"data")
+    assert pipe.fill_from(b"other", pair[0], 4)
+    pipe.send()
+    assert refused[3:] == [(errno.EPIPE, b"other")]
+    for end in pair:
+        os.close(end)
     pipe.close()
 
 
