@@ -25,6 +25,7 @@ from .cli.options import MountOptions
 from .errors import ImagofsError, OutOfRangeError, StorageError, UnsupportedError
 from .fuse import mounts, utab
 from .fuse.mountpoint import prepare_mountpoint, take_turn
+from .fuse.wakefulness import Wakefulness, open_wakefulness
 from .logs import log_to_stderr, log_to_syslog
 from .notify import Notifier
 from .privileges import Helper, become
@@ -206,6 +207,7 @@ class _Daemon:
         self.point = mounts.real_path(mountpoint)
         self._is_file = False
         self._turn: int | None = None
+        self._wakefulness: Wakefulness | None = None
         #: The file of metrics.
         self._metrics_file: str | None = None
 
@@ -237,6 +239,7 @@ class _Daemon:
             if os.path.commonpath((path, self.point)) == self.point:
                 raise OutOfRangeError("metrics= is inside the mountpoint", filename=path)
             self._metrics_file = None if metrics.is_socket else metrics.path
+        self._wakefulness = open_wakefulness(self.options.channel and self.options.awake)
         helper = Helper(remove=metrics and metrics.path)  # before there are threads
         try:
             import trio
@@ -244,6 +247,8 @@ class _Daemon:
             return trio.run(self._run, helper, ready)
         finally:
             helper.close()
+            if self._wakefulness:
+                self._wakefulness.close()
 
     async def _run(self, helper: Helper, ready: Callable[[], None]) -> int:
         import trio
@@ -405,7 +410,7 @@ class _Daemon:
                 shown=self._shown(disk.image_status()),
                 allow_other=options.allow_other,
                 channel=options.channel,
-                awake=options.awake,
+                wakefulness=self._wakefulness,
                 kernel=options.kernel,
                 detach=helper.detach,
                 is_severed=helper.is_severed,

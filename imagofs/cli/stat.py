@@ -131,7 +131,7 @@ def lines(figures: dict[str, Any], before: dict[str, Any] | None = None) -> list
                 f"p50 {_time(figures['latency_p50'])}, p99 {_time(figures['latency_p99'])}",
             ),
         ]
-        if seconds := figures["awake_seconds"]:
+        if seconds := figures.get("awake_seconds"):  # older daemons have none
             rows.append(("processors", f"kept awake for {seconds:.1f} s"))
     return [f"{name + ':':<13}{text}" for name, text in rows]
 

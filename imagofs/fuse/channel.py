@@ -118,8 +118,7 @@ class Channel:
         amendments: What to change in INIT's reply.
         direct_io: Whether all reads and writes bypass the kernel's page cache.
         open_flags: FOPEN_* flags to add to OPEN's replies.
-        wakefulness: What keeps processors awake, told of every `SAMPLE_EVERY` requests; None:
-            nothing does.
+        wakefulness: What keeps processors awake, held while this serves at most; None: nothing.
         negotiated: Called with the features once INIT was answered: the mount answers from then on.
     """
 
@@ -337,6 +336,7 @@ class Channel:
                         if not self._sleep():
                             return _IDLE
                         spins = 0
+                        alone += 1
                         budget -= 1
                     continue
                 except OSError as error:
@@ -356,7 +356,7 @@ class Channel:
                     here, owed = owed, False
                     started = perf_counter_ns()
                     if wakefulness and not here:
-                        wakefulness.span(started, alone)
+                        wakefulness.span(started, SAMPLE_EVERY, alone)
                         alone = 0
                 if in_pipes:
                     if writable and opcode != READ:
@@ -608,8 +608,6 @@ class Channel:
     def give_back(self) -> None:
         """Put the real descriptor back where pyfuse3 reads, once its loop has ended."""
         self._disk.launder = None
-        if self._wakefulness:
-            self._wakefulness.close()
         self._large.close()
         if self._ring:
             self._ring.close()

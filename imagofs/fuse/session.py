@@ -22,7 +22,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyfuse3
 import trio
@@ -32,8 +32,8 @@ from . import mounts, protocol
 from .channel import Channel
 from .disk import Disk
 from .operations import Operations, Shown
-from .statistics import SAMPLE_EVERY, metrics, one_line, snapshot
-from .wakefulness import Wakefulness, open_wakefulness
+from .statistics import metrics, one_line, snapshot
+from .wakefulness import Wakefulness
 
 __all__ = ["Session", "SessionOptions"]
 
@@ -56,8 +56,8 @@ class SessionOptions:
         is_severed: Whether what is mounted at a point has lost its daemon; called in a thread.
         allow_other: Let other users in.
         channel: Use the data channel.
-        awake: Keep idle processors awake while that makes replies faster; "auto": where few are,
-            and if it is possible. Needs the channel.
+        wakefulness: For the channel: what keeps processors awake; None: nothing. The caller's to
+            close.
         kernel: Further mount options for the kernel ("nosuid", "noatime" ...).
     """
 
@@ -68,7 +68,7 @@ class SessionOptions:
     is_severed: Callable[[str], bool]
     allow_other: bool = False
     channel: bool = True
-    awake: bool | Literal["auto"] = False
+    wakefulness: Wakefulness | None = None
     kernel: tuple[str, ...] = ()
 
 
@@ -121,7 +121,6 @@ class Session:
         Raises:
             ImagofsError: It failed; nothing is mounted.
         """
-        wakefulness = self._open_wakefulness()
         before = _fuse_descriptors()
         options = {
             "default_permissions",
@@ -140,8 +139,6 @@ class Session:
             else:
                 failure = None
         if failure is not None:
-            if wakefulness:
-                wakefulness.close()
             raise self._mount_error(captured.text) from failure
         for line in captured.text.splitlines():
             log.warning("%s", line)
@@ -153,7 +150,7 @@ class Session:
         (session_fd,) = _fuse_descriptors() - before
         self._connection = os.dup(session_fd)
         if self.options.channel:
-            self.channel = self._open_channel(session_fd, wakefulness)
+            self.channel = self._open_channel(session_fd)
 
     def _mount_error(self, text: str) -> ImagofsError:
         reasons = [
@@ -168,11 +165,7 @@ class Session:
             f"cannot mount: {reason}", error=errno.EPERM, filename=self.options.point
         )
 
-    def _open_wakefulness(self) -> Wakefulness | None:
-        awake = self.options.channel and self.options.awake
-        return open_wakefulness(awake, SAMPLE_EVERY)
-
-    def _open_channel(self, session_fd: int, wakefulness: Wakefulness | None) -> Channel:
+    def _open_channel(self, session_fd: int) -> Channel:
         direct_io = self.options.shown.direct_io
         wanted = protocol.HANDLE_KILLPRIV_V2
         if direct_io:
@@ -191,7 +184,7 @@ class Session:
             ),
             direct_io=direct_io,
             open_flags=open_flags,
-            wakefulness=wakefulness,
+            wakefulness=self.options.wakefulness,
             negotiated=self._negotiated,
         )
 

@@ -6,8 +6,9 @@ Linux lets whoever may open `/dev/cpu_dma_latency` ask that it does not come to 
 service"): while one such request stands, processors that have nothing to do poll, all of them. It
 ends with the descriptor, however this process ends.
 
-So it is asked for only as long as it gains something, which is tried out, and nobody is to wait for
-it: a few of these writes are all the I/O there is.
+So it is asked for only as long as it gains something, which is tried out. A daemon that is stopped
+(SIGSTOP), or waits for a file system that does not answer, cannot withdraw it. A few writes of four
+bytes are all the I/O here.
 """
 
 from __future__ import annotations
@@ -29,20 +30,22 @@ DEVICE: Final = "/dev/cpu_dma_latency"
 _NONE: Final = (0).to_bytes(4, "little")
 _ANY: Final = (-1).to_bytes(4, "little", signed=True)
 
-#: Where there are more processors, those that have nothing to do with it would poll in vain. Up to
-#: here that costs no more than is saved, as all is done in half the time.
+#: Where there are more processors, too many of them would poll for the one that is needed.
 _MOST_PROCESSORS = 4
 
 _SPANS = 16  # spans whose median is one figure to compare: a round
 _LONGEST_NANOSECONDS = 150_000  # for one request; waking is little of what takes longer
 _GAIN = 1.15  # so many times as fast it must be, at least
-#: After a trial that gained nothing so many rounds pass until the next, twice as many each time; or
-#: as few as it takes until requests last so many times as long: the scheduler may have had both
-#: sides on one processor, which nobody needs to wake.
+#: For how many rounds it is kept before it is tried anew, four times as many each time: one trial
+#: proves little, as the speed of a machine varies.
+_KEPT_ROUNDS = 4
+_MOST_KEPT_ROUNDS = 1024
+#: How many rounds pass after a trial that gained nothing, twice as many each time; or as few as it
+#: takes until requests last so many times as long: the scheduler may have had both sides on one
+#: processor, which nobody needs to wake.
 _REST_ROUNDS = 4
 _MOST_REST_ROUNDS = 128
 _SLOWER = 1.3
-_KEPT_ROUNDS = 1024  # after which it is tried anew
 
 
 class Wakefulness:
@@ -50,7 +53,6 @@ class Wakefulness:
 
     Args:
         device: An open `/dev/cpu_dma_latency`, which `close` closes.
-        span_requests: Requests between two calls of `span`.
     """
 
     __slots__ = (
@@ -58,24 +60,24 @@ class Wakefulness:
         "_device",
         "_held_since",
         "_is_tried",
+        "_keep",
         "_last",
         "_left",
         "_passed",
         "_rest",
-        "_span_requests",
         "_times",
         "is_held",
     )
 
-    def __init__(self, device: int, span_requests: int) -> None:
+    def __init__(self, device: int) -> None:
         self.is_held = False
-        self._device = device
-        self._span_requests = span_requests
+        self._device = device  # -1: closed
         self._last = 0
-        self._times: list[int] = []  # of spans, to be compared
-        self._before = 0  # median of those before it was asked for
+        self._times: list[int] = []  # of the spans of this round
+        self._before = 0  # median of the last round before it was asked for
         self._is_tried = False  # it is not known yet whether it gains something
         self._left = 0  # rounds until it is tried again
+        self._keep = _KEPT_ROUNDS
         self._rest = _REST_ROUNDS
         self._passed = self._held_since = 0.0
 
@@ -84,76 +86,97 @@ class Wakefulness:
         """How long processors were kept awake, all in all."""
         return self._passed + (monotonic() - self._held_since if self.is_held else 0)
 
-    def span(self, now: int, alone: int) -> None:
-        """Note that `span_requests` more were sent.
+    def span(self, now: int, requests: int, alone: int) -> None:
+        """Note that some requests came since the last call.
 
         Args:
             now: The time (nanoseconds).
+            requests: How many, the same number each time.
             alone: How many of them came when nothing else was to be done.
         """
         elapsed = now - self._last
         self._last = now
-        number = self._span_requests
-        if alone * 4 < number * 3 or elapsed > number * _LONGEST_NANOSECONDS:
+        if alone * 4 < requests * 3:
             self.let_go()
-            return
-        self._times.append(elapsed)
-        if len(self._times) == _SPANS:
-            took = sorted(self._times)[_SPANS // 2]
-            self._times.clear()
-            self._decide(took)
+        elif elapsed > requests * _LONGEST_NANOSECONDS:
+            if self.is_held:
+                self.let_go()
+        else:
+            self._times.append(elapsed)
+            if len(self._times) == _SPANS:
+                took = sorted(self._times)[_SPANS // 2]
+                self._times.clear()
+                self._decide(took)
 
     def let_go(self) -> None:
         """Nobody waits for a reply now: processors may sleep."""
         self._times.clear()
         if self.is_held:
             self._left = 0
-            self._passed = self.seconds
-            self.is_held = False
-            self._write(_ANY)
+            if self._is_tried:
+                self._give_up()  # or short bursts would be nothing but trials
+            else:
+                self._withdraw()
 
     def close(self) -> None:
-        """Let go, and close the device."""
+        """Let go, for good."""
         self.let_go()
-        os.close(self._device)
+        if self._device >= 0:
+            os.close(self._device)
+            self._device = -1
 
     def _decide(self, took: int) -> None:
         """Try, keep, or give it up for a while, after a round whose spans took so long."""
-        if self.is_held and self._is_tried:
-            self._is_tried = False
+        if self._is_tried:
             if took * _GAIN <= self._before:
-                self._left = _KEPT_ROUNDS
+                self._is_tried = False
+                self._left = self._keep
+                self._keep = min(4 * self._keep, _MOST_KEPT_ROUNDS)
                 self._rest = _REST_ROUNDS
             else:
-                self.let_go()
-                self._left = self._rest
-                self._rest = min(2 * self._rest, _MOST_REST_ROUNDS)
+                self._give_up()
         elif self._left and (self.is_held or took < self._before * _SLOWER):
             self._left -= 1
         elif self.is_held:
-            self.let_go()
+            self._withdraw()
         else:
-            self._before = took
-            if self._write(_NONE):
-                self.is_held = self._is_tried = True
-                self._held_since = monotonic()
+            self._try(took)
+
+    def _try(self, before: int) -> None:
+        self._before = before
+        if self._write(_NONE):
+            self.is_held = self._is_tried = True
+            self._held_since = monotonic()
+
+    def _give_up(self) -> None:
+        self._withdraw()
+        self._is_tried = False
+        self._left = self._rest
+        self._rest = min(2 * self._rest, _MOST_REST_ROUNDS)
+        self._keep = _KEPT_ROUNDS
+
+    def _withdraw(self) -> None:
+        self._passed = self.seconds
+        self.is_held = False
+        self._write(_ANY)
 
     def _write(self, request: bytes) -> bool:
+        if self._device < 0:
+            return False
         try:
             os.write(self._device, request)
         except OSError as error:
-            log.debug("%s: %s", DEVICE, error)
-            self._left = _MOST_REST_ROUNDS
-            return False
-        return True
+            log.debug("processors are not kept awake any more: %s: %s", DEVICE, error)
+            os.close(self._device)  # which withdraws what was asked for
+            self._device = -1
+        return self._device >= 0
 
 
-def open_wakefulness(wanted: bool | Literal["auto"], span_requests: int) -> Wakefulness | None:
+def open_wakefulness(wanted: bool | Literal["auto"]) -> Wakefulness | None:
     """Get ready to keep processors awake, while this process may still open the device.
 
     Args:
         wanted: "auto": on a machine with few processors, and if it is possible.
-        span_requests: See `Wakefulness`.
 
     Returns:
         None: not wanted.
@@ -164,7 +187,7 @@ def open_wakefulness(wanted: bool | Literal["auto"], span_requests: int) -> Wake
     if not wanted or (wanted == "auto" and (os.cpu_count() or 1) > _MOST_PROCESSORS):
         return None
     try:
-        return Wakefulness(os.open(DEVICE, os.O_WRONLY | os.O_CLOEXEC), span_requests)
+        return Wakefulness(os.open(DEVICE, os.O_WRONLY | os.O_CLOEXEC))
     except OSError as error:
         if wanted == "auto":
             log.debug("processors are not kept awake: %s: %s", DEVICE, error.strerror)

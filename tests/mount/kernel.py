@@ -55,7 +55,7 @@ class Kernel:
 
     LENGTH = 128 * KIB
 
-    def __init__(self, file: int, *, writable: bool) -> None:
+    def __init__(self, file: int, *, writable: bool, wakefulness: Any = None) -> None:
         self._socket, self._session = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
@@ -80,7 +80,7 @@ class Kernel:
             amendments=protocol.Amendments(0, 0, 16),
             direct_io=False,
             open_flags=0,
-            wakefulness=None,
+            wakefulness=wakefulness,
             negotiated=lambda _: None,
         )
         second: Any = self.second

@@ -63,6 +63,20 @@ def image(new_image: NewImage) -> Path:
     return new_image("1M", "disk.qcow2", writes=["write -P 65 0 4k"])
 
 
+def test_who_may_not_keep_processors_awake(image: Path, tmp_path: Path) -> None:
+    errors = fails('as anna "$IMAGOFS" disk.qcow2 mnt -o awake=on,overlay=own.qcow2', tmp_path)
+    assert errors.startswith("imagofs: /dev/cpu_dma_latency: cannot keep processors awake: ")
+    succeeds(
+        """
+        no as anna "$IMAGOFS" disk.qcow2 mnt -o awake=on,overlay=own.qcow2 2>/dev/null
+        no test -e own.qcow2
+        as anna "$IMAGOFS" disk.qcow2 mnt -o awake=auto
+        as anna "$IMAGOFS" umount mnt
+        """,
+        tmp_path,
+    )
+
+
 def test_mount_read_unmount(image: Path, tmp_path: Path) -> None:
     output = succeeds(
         """
