@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from imagofs.confining import landlock_version
+from imagofs.fuse import wakefulness
 from tests import qemu
 from tests.mount.mounting import imagofs
 from tests.system.machine import Machine, booted
@@ -130,7 +132,12 @@ def test_no_mount_namespace(machine: Machine, folder: Path) -> None:
     """Hardened, and still in process 1's namespace of mounts, with no more rights than needed."""
     name = name_of("ns", folder)
     image = qemu.create(folder / "ns.qcow2", "1M")
-    machine.configure(name, IMAGE=image, OPTIONS="rw,confine=on" if landlock_version() else "rw")
+    options = "rw"
+    if landlock_version():
+        options += ",confine=on"
+    if os.access(wakefulness.DEVICE, os.W_OK):
+        options += ",awake=on"  # or else the unit does not let it open the device
+    machine.configure(name, IMAGE=image, OPTIONS=options)
     machine.systemctl("start", f"imagofs@{name}")
     pid = machine.show(f"imagofs@{name}", "MainPID")
     first, second = machine.sh(f"readlink /proc/1/ns/mnt /proc/{pid}/ns/mnt").split()
