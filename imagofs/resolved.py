@@ -2,9 +2,10 @@
 
 A lookup walks the chain once and keeps the answers, so that a read through 32 overlays costs what a
 read of one image costs. What a range has of granules that were not looked up yet is looked up in
-one walk: most layers say of all of them at a time that they have none. Layers below the top never
-change while they are open; the top one says what it changed (`FormatDriver.subscribe`), in the same
-plain function that changes its tables.
+one walk: most layers say of all of them at a time that they have none. So is a block of 16 as soon
+as somebody asks for a second granule of it. Layers below the top never change while they are open;
+the top one says what it changed (`FormatDriver.subscribe`), in the same plain function that changes
+its tables.
 
 The map is kept in chunks of 512 granules, each an array of 64-bit entries:
 
@@ -16,6 +17,7 @@ The map is kept in chunks of 512 granules, each an array of 64-bit entries:
 from __future__ import annotations
 
 from array import array
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from .caching import MetadataCache
@@ -38,6 +40,8 @@ _FIRST_CODE = UNRESOLVED
 _CHUNK_GRANULE_BITS = 9
 CHUNK_GRANULES = 1 << _CHUNK_GRANULE_BITS
 _LARGEST_GRANULE = 2 << 20
+#: Who comes back to a block of so many will come to the rest of it.
+_BLOCK_GRANULES = 16
 _BLANK = array("Q", [UNRESOLVED]) * CHUNK_GRANULES
 
 
@@ -119,13 +123,11 @@ class ResolvedMap:
             NotCached: Load the table and ask again.
         """
         chunk = self._chunk(guest_offset >> self.chunk_bits)
-        index = guest_offset >> self.granule_bits & CHUNK_GRANULES - 1
-        entry = chunk[index]
-        if entry == UNRESOLVED:
-            entry = chunk[index] = self._resolve(
-                guest_offset >> self.granule_bits << self.granule_bits
-            )
-        return entry
+        number = guest_offset >> self.granule_bits
+        index = number & CHUNK_GRANULES - 1
+        if chunk[index] == UNRESOLVED:
+            self._resolve_one(chunk, number)
+        return chunk[index]
 
     def _chunk(self, number: int) -> array[int]:
         chunk = self.cache.get(self.namespace + number)
@@ -147,12 +149,31 @@ class ResolvedMap:
         if UNRESOLVED in entries:
             bits = self.granule_bits
             if first == last:
-                chunk[start] = self._resolve(first << bits)
+                self._resolve_one(chunk, first)
             else:
                 numbers = enumerate(entries, first)
                 self._resolve_many(chunk, [n << bits for n, e in numbers if e == UNRESOLVED])
             entries = chunk[start:stop]
         return entries
+
+    def _resolve_one(self, chunk: array[int], number: int) -> None:
+        """Look up one granule of `chunk`; all of its block if that is not the first of it.
+
+        Raises:
+            NotCached: Load the table and ask again.
+        """
+        index = number & CHUNK_GRANULES - 1
+        bits = self.granule_bits
+        start = index & -_BLOCK_GRANULES
+        block = chunk[start : start + _BLOCK_GRANULES]
+        if 1 < block.count(UNRESOLVED) < _BLOCK_GRANULES:
+            numbers = enumerate(block, number - index + start)
+            pending = [n << bits for n, e in numbers if e == UNRESOLVED]
+            end = self.layers[0].size()
+            with suppress(Exception):  # what is wrong with the others is not this one's concern
+                self._resolve_many(chunk, [offset for offset in pending if offset < end])
+        if chunk[index] == UNRESOLVED:
+            chunk[index] = self._resolve(number << bits)
 
     def _resolve(self, guest_offset: int) -> int:
         """Walk the chain for the granule that begins at `guest_offset`."""

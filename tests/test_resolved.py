@@ -151,6 +151,52 @@ def test_a_table_that_is_missing_is_asked_for_once_it_is_needed() -> None:
     assert resolved.runs(100, GRANULE) == [Run(0, 5 * GRANULE + 100, GRANULE)]
 
 
+class Counting(Layer):
+    """Counts what it is asked, and has granules that it cannot tell of."""
+
+    broken: frozenset[int] = frozenset()
+    asked = 0
+
+    def entry_at(self, guest_offset: int) -> int:
+        self.asked += 1
+        if guest_offset // GRANULE in self.broken:
+            raise ValueError("a broken table")
+        return super().entry_at(guest_offset)
+
+
+def test_whoever_comes_back_to_a_block_gets_all_of_it() -> None:
+    layer = Counting({number: place(number, 0, False) for number in range(64)})
+    resolved = map_of(layer)
+    asked = []
+    for number in (20, 16, 31, 17, 5, 40, 4, 15):
+        assert resolved.runs(number * GRANULE, 1) == [Run(0, number * GRANULE, 1)]
+        asked.append(layer.asked)
+    assert asked == [1, 17, 17, 17, 18, 19, 35, 35]
+
+
+def test_the_end_of_the_disk_is_the_end_of_its_block() -> None:
+    layer = Counting({0: place(1, 0, False)}, size=5 * GRANULE - 100)
+    resolved = map_of(layer)
+    for number in (0, 4, 2):
+        resolved.runs(number * GRANULE, 1)
+    assert layer.asked == 5
+
+
+def test_what_is_wrong_with_others_of_a_block_is_not_raised() -> None:
+    layer = Counting({number: place(number, 0, False) for number in range(16)}, missing=[3])
+    layer.broken = frozenset([9])
+    resolved = map_of(layer)
+    for number in (5, 12, 0, 15, 8, 1):
+        assert resolved.runs(number * GRANULE, 1) == [Run(0, number * GRANULE, 1)]
+    for _ in range(2):
+        with pytest.raises(NotCached):
+            resolved.entry(3 * GRANULE)
+        with pytest.raises(ValueError, match="a broken table"):
+            resolved.entry(9 * GRANULE)
+    layer.missing.clear()
+    assert resolved.entry(3 * GRANULE) == 3 * GRANULE
+
+
 def test_what_changed_is_looked_up_anew() -> None:
     answers = {number: place(number, 0, False) for number in range(8)}
     resolved = resolved_map(answers)
