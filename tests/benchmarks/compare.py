@@ -313,7 +313,7 @@ class Imagofs:
         self, command: list[str], image: Path, size: int, point: Path, writable: bool
     ) -> None:
         point.write_bytes(b"")
-        self.command, self.file = command, point
+        self.file = point
         subprocess.run(
             [*command, str(image), str(point), "-o", "rw" if writable else "ro"],
             check=True,
@@ -322,7 +322,7 @@ class Imagofs:
         wait_for_size(point, size, None)
 
     def stop(self) -> None:
-        subprocess.run([*self.command, "umount", str(self.file)], check=True, timeout=120)
+        subprocess.run([OWN, "umount", str(self.file)], check=True, timeout=120)
 
 
 def layers(image: Path) -> list[Path]:

@@ -40,7 +40,7 @@ class Mount:
     """One mount over a regular file."""
 
     def __init__(self, command: list[str], image: Path, folder: Path) -> None:
-        self.command, self.point = command, folder / f"{image.stem}.mount"
+        self.point = folder / f"{image.stem}.mount"
         self.point.touch()
         start = time.perf_counter()
         subprocess.run([*command, str(image), str(self.point)], check=True)
@@ -49,7 +49,7 @@ class Mount:
         self.mounted = Mounted(self.point, self.point)
 
     def stop(self) -> None:
-        subprocess.run([*self.command, "umount", str(self.point)], check=True)
+        subprocess.run([compare.OWN, "umount", str(self.point)], check=True)
         self.mounted.clean_up()
 
 
