@@ -41,8 +41,8 @@ _GAIN = 1.15  # so many times as fast it must be, at least
 _KEPT_ROUNDS = 4
 _MOST_KEPT_ROUNDS = 1024
 #: How many rounds pass after a trial that gained nothing, twice as many each time; or as few as it
-#: takes until requests last so many times as long: the scheduler may have had both sides on one
-#: processor, which nobody needs to wake.
+#: takes until requests last so many times as long. (Between holds they were seen to be as fast
+#: without one for a while.)
 _REST_ROUNDS = 4
 _MOST_REST_ROUNDS = 128
 _SLOWER = 1.3
